@@ -1,0 +1,24 @@
+// Schemas of torch.ops.prunelm.* and the module's host-side functions. Implementations register
+// themselves from cpu/<op>.cpp and cuda/<op>.cpp; contracts stand in prunelm/ops/<op>.py.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/instruction_set.h"
+
+namespace py = pybind11;
+
+STABLE_TORCH_LIBRARY(prunelm, m) {
+  m.def(
+      "rnnt_loss(Tensor logits, Tensor targets, Tensor logit_lengths, Tensor target_lengths, "
+      "int blank) -> (Tensor, Tensor)");
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.def("build_information", [] {
+    py::dict info;
+    info["compiler"] = __VERSION__;
+    info["cuda"] = bool(PRUNELM_WITH_CUDA);
+    info["instruction_set"] = prunelm::instruction_set_name(prunelm::instruction_set());
+    return info;
+  });
+}
