@@ -1,5 +1,7 @@
 """RNN-T loss (Graves 2012, arXiv 1211.3711): softmax, forward-backward and gradient in one op."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -70,13 +72,13 @@ def _fake(
     return logits.new_empty(logits.shape[0]), torch.empty_like(logits)
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:  # fmt: skip
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:  # fmt: skip
-    (gradient,) = ctx.saved_tensors  # type: ignore[attr-defined]
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    (gradient,) = ctx.saved_tensors
     return gradient * grad[:, None, None, None], None, None, None, None
 
 

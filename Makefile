@@ -1,0 +1,40 @@
+# make test   sets up .venv, builds, checks style and types, runs the tests
+# make demo   sets up .venv, builds, runs the demo and writes runs/demo/report.html
+# PYTHON=...  which Python makes the environment (3.11 or later)
+# TORCH=...   what pip installs as torch, for example a CPU or CUDA build of your choice
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp')
+
+.PHONY: build demo test lint clean
+
+# torch comes first and alone: the extension is compiled against it, and no later requirement may
+# replace it.
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "prunelm: expected Python 3.11 or later, found " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel "pybind11>=3.0" ninja
+	$(BIN)/pip install --quiet "$(TORCH)" numpy
+	PRUNELM_CUDA=0 $(BIN)/pip install --quiet --no-build-isolation --editable ".[dev,triton]"
+	touch $@
+
+build: $(VENV)/installed
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+
+demo: build
+	$(BIN)/prunelm demo --out runs/demo
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+test: lint
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -q
+
+clean:
+	rm -rf $(VENV) build dist prunelm/_C*.so
