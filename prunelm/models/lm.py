@@ -7,7 +7,7 @@ called as modules, so that faster ones can be put in their place.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -207,8 +207,8 @@ class Block(nn.Module):
         """x plus its feed-forward half; x [..., dim]."""
         if not self.ff:
             return x
-        y: Tensor = self.ff_out(self.activation(self.ff_in(self.ff_norm(x))))
-        return x + self.dropout(y)
+        y: Tensor = self.dropout(self.ff_out(self.activation(self.ff_in(self.ff_norm(x)))))
+        return x + y
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Causal self-attention over L; x [B, L, dim], cos and sin [L, 1, head_dim / 2]."""
@@ -309,7 +309,7 @@ class TransformerLM(nn.Module):
         slot = path.gather(1, length[:, None] - 1)[:, 0]
         hidden = torch.arange(path.shape[1], device=path.device) >= length[:, None]
         for block, key, value in zip(self.blocks, cache.key, cache.value, strict=True):
-            x = block.step(x, cos, sin, path, hidden, slot, key, value)
+            x = cast(Block, block).step(x, cos, sin, path, hidden, slot, key, value)
         return self.head(x)
 
 
