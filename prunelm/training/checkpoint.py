@@ -1,0 +1,207 @@
+"""Saves and loads trained models, and the state of a training run.
+
+A model is a folder: `model.safetensors` (each tied tensor once), `tokenizer.model`, and
+`model.json` with the format's number, the kind, the config, the tokenizer's fingerprint and what
+the caller adds. The json is written last and holds a digest of the weights, so that files of two
+saves never pass for one model.
+"""
+
+import hashlib
+import importlib
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunelm.data.files import replace_file
+from prunelm.data.tokenizer import Tokenizer
+
+FORMAT = 1
+_KINDS = {
+    "lm": ("prunelm.models.lm", "TransformerLM", "LMConfig"),
+    "transducer": ("prunelm.models.transducer", "Transducer", "TransducerConfig"),
+}
+
+
+def save_model(
+    folder: Path | str,
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    extra: Mapping[str, Any] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes a model that `load_model` reads.
+
+    Args:
+        model: a `TransformerLM` or `Transducer`.
+        extra: JSON values to keep beside it, such as metrics.
+        dtype: what floats are stored as, such as torch.float16; None: as they are.
+
+    Raises:
+        ValueError: another kind of model, another vocabulary, or a weight that `dtype` cannot hold.
+    """
+    from safetensors.torch import save_file
+
+    kind = _kind(model)
+    config = model.config
+    if config.vocab_size != tokenizer.vocab_size:  # type: ignore[union-attr]
+        raise ValueError(
+            f"tokenizer: expected the model's {config.vocab_size} ids, "  # type: ignore[union-attr]
+            f"got {tokenizer.vocab_size}"
+        )
+    weights = {}
+    for name, tensor in untied_weights(model).items():
+        stored = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None)
+        if not bool(stored.isfinite().all()):
+            raise ValueError(f"{name}: expected finite weights in {stored.dtype}, got inf or nan")
+        weights[name] = stored.contiguous()
+    folder = Path(folder)
+    with replace_file(folder / "model.safetensors") as temporary:
+        save_file(weights, temporary)
+        digest = _digest(temporary)
+    tokenizer.save(folder / "tokenizer.model")
+    values = {
+        "format": FORMAT,
+        "kind": kind,
+        "config": config.to_dict(),  # type: ignore[operator,union-attr]
+        "tokenizer": tokenizer.fingerprint,
+        "weights": digest,
+        "extra": dict(extra or {}),
+    }
+    with replace_file(folder / "model.json") as temporary:
+        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def load_model(
+    folder: Path | str, *, kind: str | None = None, tokenizer: Tokenizer | None = None
+) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
+    """The model (float32, CPU, eval mode), its tokenizer, and all that `model.json` says.
+
+    Args:
+        kind: "lm" or "transducer", to insist on one.
+        tokenizer: to insist on its vocabulary.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is cut short or of another save, kind, format or vocabulary.
+    """
+    folder = Path(folder)
+    info = _read_json(folder / "model.json")
+    if kind is not None and info["kind"] != kind:
+        raise ValueError(f"{folder}: expected a model of kind {kind}, got {info['kind']}")
+    own = Tokenizer.load(folder / "tokenizer.model")
+    own.check(info["tokenizer"], f"{folder / 'model.json'}")
+    if tokenizer is not None:
+        tokenizer.check(own.fingerprint, str(folder))
+    weights = _read_weights(folder / "model.safetensors", info["weights"])
+    module_name, model_name, config_name = _KINDS[info["kind"]]
+    module = importlib.import_module(module_name)
+    try:
+        config = getattr(module, config_name).from_dict(info["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'model.json'}: {error}") from None
+    model: nn.Module = getattr(module, model_name)(config)
+    copy_weights(model, weights, str(folder / "model.safetensors"))
+    return model.eval(), own, info
+
+
+def untied_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict's own tensors, each under its first name only."""
+    seen: set[int] = set()
+    first = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            first[name] = tensor
+    return first
+
+
+def copy_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Copies weights into a model; ValueError, naming `source`, unless names and shapes agree."""
+    wanted = untied_weights(model)
+    for name in [*wanted, *weights]:
+        if name not in weights or name not in wanted:
+            found = "nothing" if name not in weights else f"{tuple(weights[name].shape)} for it"
+            expected = "no tensor" if name not in wanted else f"{tuple(wanted[name].shape)}"
+            raise ValueError(f"{source}: expected {expected} under {name}, got {found}")
+        if weights[name].shape != wanted[name].shape:
+            raise ValueError(
+                f"{source}: expected {name} of shape {tuple(wanted[name].shape)}, "
+                f"got {tuple(weights[name].shape)}"
+            )
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(weights[name])
+
+
+def save_state(path: Path | str, state: Mapping[str, Any]) -> None:
+    """Writes the state of a run: tensors, numbers, strings, and dicts and lists of them."""
+    with replace_file(path) as temporary:
+        torch.save(dict(state), temporary)
+
+
+def load_state(path: Path | str) -> dict[str, Any]:
+    """Reads what `save_state` wrote; ValueError where the file is cut short or something else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError):
+        size = Path(path).stat().st_size
+        raise ValueError(
+            f"{path}: expected a whole training state, got {size} bytes that do not read as one; "
+            "remove it to start again"
+        ) from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: expected a training state, got {type(state).__name__}")
+    return state
+
+
+def _kind(model: nn.Module) -> str:
+    name = type(model).__name__
+    for kind, (_, model_name, _) in _KINDS.items():
+        if name == model_name:
+            return kind
+    raise ValueError(f"model: expected a TransformerLM or a Transducer, got {name}")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"model: expected a file, got {path}")
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{path}: expected JSON, got a file cut short or changed") from None
+    fields = {"format", "kind", "config", "tokenizer", "weights", "extra"}
+    if not isinstance(info, dict) or not fields <= set(info):
+        raise ValueError(f"{path}: expected the fields {sorted(fields)}, got other ones")
+    if info["format"] != FORMAT:
+        raise ValueError(f"{path}: expected format {FORMAT}, got {info['format']}")
+    if info["kind"] not in _KINDS:
+        raise ValueError(f"{path}: expected a kind of {sorted(_KINDS)}, got {info['kind']!r}")
+    return info
+
+
+def _read_weights(path: Path, digest: str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise FileNotFoundError(f"model: expected a file, got {path}")
+    try:
+        weights: dict[str, Tensor] = load_file(path)
+    except SafetensorError:
+        size = path.stat().st_size
+        raise ValueError(f"{path}: expected whole weights, got {size} bytes cut short") from None
+    found = _digest(path)
+    if found != digest:
+        raise ValueError(f"{path}: expected the weights {digest} of model.json, got {found}")
+    return weights

@@ -1,0 +1,360 @@
+"""The training loop: AdamW, warm-up and cosine, clipping, DDP under torchrun, exact resumption.
+
+Everything random is a function of (seed, step): batches by contract, dropout by seeding each step.
+So a run that was stopped and resumed ends bit-equal to one that was not, on the same machine,
+thread count and versions.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from prunelm.data.files import replace_file
+from prunelm.data.tokenizer import Tokenizer
+from prunelm.training.checkpoint import (
+    copy_weights,
+    load_state,
+    save_model,
+    save_state,
+    untied_weights,
+)
+from prunelm.training.progress import progress
+
+Batch = TypeVar("Batch")
+_CADENCE = ("log_every", "validate_every", "checkpoint_every")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How long and how fast to train.
+
+    The learning rate rises linearly over `warmup` steps to `lr`, then falls as a half cosine to
+    `final_lr_fraction * lr`. Weight decay is for matrices only. `accumulate` batches make a step.
+    A cadence of 0 means only at the end (`log_every`, `validate_every`, `checkpoint_every`).
+    """
+
+    steps: int
+    lr: float
+    warmup: int = 100
+    final_lr_fraction: float = 0.1
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    bf16: bool = False
+    seed: int = 0
+    log_every: int = 50
+    validate_every: int = 0
+    checkpoint_every: int = 0
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"steps: expected at least 0, got {self.steps}")
+        for name in ("lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate: expected at least 1, got {self.accumulate}")
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of step `step`, counted from 0."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        done = min((step - self.warmup) / max(self.steps - self.warmup, 1), 1.0)
+        cosine = 0.5 * (1 + math.cos(math.pi * done))
+        return self.lr * (self.final_lr_fraction + (1 - self.final_lr_fraction) * cosine)
+
+
+@dataclass
+class History:
+    """What a run went through; `records` are the lines of log.jsonl."""
+
+    records: list[dict[str, float]] = field(default_factory=list)
+    best: float = math.inf
+    best_step: int = 0
+    seconds: float = 0.0
+
+    @property
+    def losses(self) -> list[float]:
+        """Mean training loss of each logging window."""
+        return [record["loss"] for record in self.records if "loss" in record]
+
+    @property
+    def validations(self) -> list[float]:
+        """What `validate` returned, in order."""
+        return [record["validation"] for record in self.records if "validation" in record]
+
+
+def train(
+    model: nn.Module,
+    batches: Callable[[int], Batch],
+    loss: Callable[[nn.Module, Batch], Tensor],
+    options: TrainOptions,
+    *,
+    folder: Path | str | None = None,
+    validate: Callable[[nn.Module], float] | None = None,
+    masks: Mapping[str, Tensor] | None = None,
+    tokenizer: Tokenizer | None = None,
+    describe: str = "",
+) -> History:
+    """Trains `model` in place and leaves it in eval mode.
+
+    Under torchrun every process calls this with its own share of each batch (equal shares), and
+    gradients are averaged; process 0 writes.
+
+    Args:
+        batches: a pure function of the batch's number, counted from 0.
+        loss: the mean loss of one batch, a scalar.
+        folder: takes `training.pt`, from which a later call with the same arguments resumes, and
+            `log.jsonl`. None: nothing is written.
+        validate: lower is better. The best weights are kept, and are the model's at the end.
+        masks: by parameter name, bool, of its shape; what is False becomes zero and stays zero.
+        tokenizer: with `folder`, the result is saved there as `load_model` reads it.
+        describe: a name to show progress under; "" shows nothing.
+
+    Raises:
+        ValueError: a loss or gradient that is not finite (the last checkpoint stands), masks that
+            fit no parameter, or a folder that holds the run of other options.
+    """
+    rank, world = _join_processes()
+    run = _Run(
+        model, loss, options, Path(folder) if folder is not None else None, masks, rank, world
+    )
+    state = torch.random.get_rng_state()
+    try:
+        run.resume()
+        run.go(batches, validate, describe)
+    finally:
+        torch.random.set_rng_state(state)
+    if run.best_weights:
+        copy_weights(model, run.best_weights, "best weights")
+    model.eval()
+    if run.folder is not None and tokenizer is not None and rank == 0:
+        extra = {"describe": describe, "options": asdict(options), "history": asdict(run.history)}
+        save_model(run.folder, model, tokenizer, extra)
+    if world > 1:
+        dist.barrier()
+    return run.history
+
+
+class _WithLoss(nn.Module):
+    """model and loss as one forward, which is what DDP wraps."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[nn.Module, Any], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.loss(self.model, batch)
+
+
+class _Run:
+    """One run's state, in memory and in its folder."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[nn.Module, Any], Tensor],
+        options: TrainOptions,
+        folder: Path | None,
+        masks: Mapping[str, Tensor] | None,
+        rank: int,
+        world: int,
+    ) -> None:
+        self.model, self.options, self.folder = model, options, folder
+        self.rank, self.world = rank, world
+        self.masks = _masked_parameters(model, masks or {})
+        self.device = next(model.parameters()).device
+        self.with_loss: nn.Module = _WithLoss(model, loss)
+        if world > 1:
+            self.with_loss = nn.parallel.DistributedDataParallel(self.with_loss)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": options.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98), fused=True)
+        self.history = History()
+        self.step = 0
+        self.best_weights: dict[str, Tensor] = {}
+
+    def resume(self) -> None:
+        """Continues from training.pt where there is one."""
+        if self.folder is None or not (self.folder / "training.pt").is_file():
+            return
+        path = self.folder / "training.pt"
+        state = load_state(path)
+        try:
+            options, step = state["options"], int(state["step"])
+            model, optimizer, best = state["model"], state["optimizer"], state["best_weights"]
+            history = History(**state["history"])
+        except (KeyError, TypeError):
+            raise ValueError(f"{path}: expected a training state, got {sorted(state)}") from None
+        for name, value in asdict(self.options).items():
+            if name not in _CADENCE and options.get(name) != value:
+                raise ValueError(
+                    f"{path}: expected a run with {name} = {value}, got {options.get(name)}; "
+                    "choose another folder or remove it"
+                )
+        copy_weights(self.model, model, str(path))
+        self.optimizer.load_state_dict(optimizer)
+        self.history, self.step, self.best_weights = history, step, best
+
+    def go(
+        self,
+        batches: Callable[[int], Any],
+        validate: Callable[[nn.Module], float] | None,
+        describe: str,
+    ) -> None:
+        """Runs the remaining steps."""
+        options, begin, before = self.options, time.perf_counter(), self.history.seconds
+        window: list[float] = []
+        self.write_log()
+        with progress(describe if self.rank == 0 else "", options.steps, self.step) as show:
+            while self.step < options.steps:
+                self.model.train()
+                window.append(self.one_step(batches))
+                self.step += 1
+                self.history.seconds = before + time.perf_counter() - begin
+                record: dict[str, float] = {"step": self.step, "seconds": self.history.seconds}
+                if self.due(options.log_every):
+                    record["loss"] = math.fsum(window) / len(window)
+                    record["lr"] = options.lr_at(self.step - 1)
+                    window = []
+                if validate is not None and self.due(options.validate_every):
+                    record["validation"] = self.validated(validate)
+                if len(record) > 2:
+                    self.history.records.append(record)
+                    self.write_log()
+                show(record)
+                if self.due(options.checkpoint_every):
+                    self.save()
+
+    def due(self, every: int) -> bool:
+        """Whether something done every so many steps is due after this one."""
+        last = self.step == self.options.steps
+        return last or (every > 0 and self.step % every == 0)
+
+    def one_step(self, batches: Callable[[int], Any]) -> float:
+        """One update; returns its loss, the mean over processes."""
+        options, parts = self.options, self.options.accumulate
+        torch.manual_seed(((options.seed << 32) + self.step) * 1024 + self.rank)
+        for group in self.optimizer.param_groups:
+            group["lr"] = options.lr_at(self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for part in range(parts):
+            batch = batches(self.step * parts + part)
+            last = part == parts - 1
+            wait = self.world > 1 and not last
+            with self.with_loss.no_sync() if wait else nullcontext():  # type: ignore[operator]
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=options.bf16):
+                    value = self.with_loss(batch) / parts
+                value.backward()
+            total += value.detach()
+        if self.world > 1:
+            dist.all_reduce(total)
+            total /= self.world
+        self.refuse_unless_finite("loss", total)
+        for parameter, mask in self.masks:
+            if parameter.grad is not None:
+                parameter.grad.mul_(mask)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
+        self.refuse_unless_finite("gradient norm", norm)
+        self.optimizer.step()
+        return float(total)
+
+    def refuse_unless_finite(self, name: str, value: Tensor) -> None:
+        """ValueError with a remedy where a number went wrong."""
+        if math.isfinite(float(value)):
+            return
+        lr = self.options.lr_at(self.step)
+        saved = self.folder is not None and (self.folder / "training.pt").is_file()
+        remedy = "lower lr" + (" or turn bf16 off" if self.options.bf16 else "")
+        stands = f"; {self.folder}/training.pt of an earlier step stands" if saved else ""
+        raise ValueError(
+            f"{name}: expected a finite number at step {self.step}, got {float(value)} "
+            f"with lr {lr:.3g}; {remedy}{stands}"
+        )
+
+    def validated(self, validate: Callable[[nn.Module], float]) -> float:
+        """The value of process 0, for all; keeps the best weights."""
+        value = torch.zeros((), dtype=torch.float64, device=self.device)
+        if self.rank == 0:
+            self.model.eval()
+            with torch.no_grad():
+                value += validate(self.model)
+        if self.world > 1:
+            dist.broadcast(value, 0)
+        if float(value) < self.history.best:
+            self.history.best, self.history.best_step = float(value), self.step
+            self.best_weights = _copy_of_weights(self.model)
+        return float(value)
+
+    def save(self) -> None:
+        """Writes training.pt."""
+        if self.folder is None or self.rank != 0:
+            return
+        state = {
+            "options": asdict(self.options),
+            "step": self.step,
+            "model": _copy_of_weights(self.model),
+            "optimizer": self.optimizer.state_dict(),
+            "best_weights": self.best_weights,
+            "history": asdict(self.history),
+        }
+        save_state(self.folder / "training.pt", state)
+
+    def write_log(self) -> None:
+        """Writes log.jsonl; a resumed run drops what lies after its checkpoint."""
+        if self.folder is None or self.rank != 0:
+            return
+        with replace_file(self.folder / "log.jsonl") as temporary:
+            lines = [json.dumps(record) + "\n" for record in self.history.records]
+            temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def _copy_of_weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: x.detach().cpu().clone() for name, x in untied_weights(model).items()}
+
+
+def _masked_parameters(
+    model: nn.Module, masks: Mapping[str, Tensor]
+) -> list[tuple[nn.Parameter, Tensor]]:
+    """Parameters with their masks; zeroes what is masked now, so that AdamW leaves it there."""
+    parameters = dict(model.named_parameters())
+    pairs = []
+    for name, mask in masks.items():
+        if name not in parameters:
+            raise ValueError(f"masks: expected names of parameters, got {name!r}")
+        parameter = parameters[name]
+        if mask.shape != parameter.shape or mask.dtype != torch.bool:
+            raise ValueError(
+                f"masks[{name!r}]: expected bool of shape {tuple(parameter.shape)}, "
+                f"got {mask.dtype} of shape {tuple(mask.shape)}"
+            )
+        pairs.append((parameter, mask.to(parameter.device)))
+        with torch.no_grad():
+            parameter.masked_fill_(~pairs[-1][1], 0.0)
+    return pairs
+
+
+def _join_processes() -> tuple[int, int]:
+    """(rank, world) of this process; joins torchrun's group where there is one."""
+    if not dist.is_available():
+        return 0, 1
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()

@@ -1,0 +1,56 @@
+"""Shows how far a run is."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+
+@contextmanager
+def progress(
+    describe: str, steps: int, done: int
+) -> Iterator[Callable[[Mapping[str, float]], None]]:
+    """Yields a function that shows a record: a bar on a terminal, else lines.
+
+    Args:
+        describe: what the bar or line is called; "" shows nothing.
+        done: steps done before.
+
+    A record holds "step" and "seconds", and now and then "loss", "validation" and "lr".
+    """
+    if not describe:
+        yield lambda record: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+
+    def news(record: Mapping[str, float]) -> str:
+        names = [name for name in ("loss", "validation", "lr") if name in record]
+        return "  ".join(f"{name} {record[name]:.4g}" for name in names)
+
+    if not console.is_terminal:
+
+        def line(record: Mapping[str, float]) -> None:
+            if news(record):
+                step, seconds = int(record["step"]), record["seconds"]
+                print(
+                    f"{describe}  step {step}/{steps}  {news(record)}  {seconds:.0f} s", flush=True
+                )
+
+        yield line
+        return
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task(describe, total=steps, completed=done)
+
+        def bar(record: Mapping[str, float]) -> None:
+            text = f"{describe}  {news(record)}" if news(record) else None
+            progress.update(task, completed=int(record["step"]), description=text)
+
+        yield bar
