@@ -186,6 +186,7 @@ class _Run:
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98), fused=True)
         self.history = History()
         self.step = 0
+        self.window: list[float] = []  # losses since the last record
         self.best_weights: dict[str, Tensor] = {}
 
     def resume(self) -> None:
@@ -195,7 +196,7 @@ class _Run:
         path = self.folder / "training.pt"
         state = load_state(path)
         try:
-            options, step = state["options"], int(state["step"])
+            options, step, window = state["options"], int(state["step"]), state["window"]
             model, optimizer, best = state["model"], state["optimizer"], state["best_weights"]
             history = History(**state["history"])
         except (KeyError, TypeError):
@@ -208,7 +209,7 @@ class _Run:
                 )
         copy_weights(self.model, model, str(path))
         self.optimizer.load_state_dict(optimizer)
-        self.history, self.step, self.best_weights = history, step, best
+        self.history, self.step, self.window, self.best_weights = history, step, window, best
 
     def go(
         self,
@@ -218,19 +219,18 @@ class _Run:
     ) -> None:
         """Runs the remaining steps."""
         options, begin, before = self.options, time.perf_counter(), self.history.seconds
-        window: list[float] = []
         self.write_log()
         with progress(describe if self.rank == 0 else "", options.steps, self.step) as show:
             while self.step < options.steps:
                 self.model.train()
-                window.append(self.one_step(batches))
+                self.window.append(self.one_step(batches))
                 self.step += 1
                 self.history.seconds = before + time.perf_counter() - begin
                 record: dict[str, float] = {"step": self.step, "seconds": self.history.seconds}
                 if self.due(options.log_every):
-                    record["loss"] = math.fsum(window) / len(window)
+                    record["loss"] = math.fsum(self.window) / len(self.window)
                     record["lr"] = options.lr_at(self.step - 1)
-                    window = []
+                    self.window = []
                 if validate is not None and self.due(options.validate_every):
                     record["validation"] = self.validated(validate)
                 if len(record) > 2:
@@ -308,6 +308,7 @@ class _Run:
         state = {
             "options": asdict(self.options),
             "step": self.step,
+            "window": self.window,
             "model": _copy_of_weights(self.model),
             "optimizer": self.optimizer.state_dict(),
             "best_weights": self.best_weights,
