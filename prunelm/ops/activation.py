@@ -1,0 +1,20 @@
+"""The activations that the linear ops apply to their result."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+# Position in this tuple is the code that the compiled ops take.
+ACTIVATIONS = (None, "relu", "gelu", "silu")
+
+
+def activation_code(activation: str | None) -> int:
+    """The compiled ops' code of an activation; ValueError if there is no such activation."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
+    return ACTIVATIONS.index(activation)
+
+
+def activate(x: Tensor, activation: str | None) -> Tensor:
+    """The activation of x in plain torch; gelu is the exact one, x * Phi(x)."""
+    code = activation_code(activation)
+    return x if code == 0 else (F.relu, F.gelu, F.silu)[code - 1](x)

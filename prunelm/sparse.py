@@ -1,0 +1,100 @@
+"""BlockSparse: the block-sparse weight format, a frozen view on plain tensors."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class BlockSparse:
+    """A weight [N, K] of which only some (bn, bk) blocks are stored, row of blocks by row of blocks.
+
+    It owns nothing and checks nothing: modules keep the tensors and make one of these per call, and
+    the ops check what they are given. What a block on the edge holds past N or K is never read.
+
+    Attributes:
+        values: [nnz, bn, bk] float32, float64, bfloat16 or float16. The kernels read it with bn
+            fastest in memory (strides bn * bk, 1, bn); any other layout is right, but copied at
+            each call.
+        crow: [ceil(N / bn) + 1] int32; row i of blocks is values[crow[i]:crow[i + 1]].
+        col: [nnz] int32, the column of blocks of each block, ascending in its row.
+        shape: (N, K).
+    """
+
+    values: Tensor
+    crow: Tensor
+    col: Tensor
+    shape: tuple[int, int]
+
+    @staticmethod
+    def from_dense(
+        weight: Tensor, block: tuple[int, int], mask: Tensor | None = None
+    ) -> "BlockSparse":
+        """The blocks of `weight` that `mask` keeps, copied; gradients flow back to `weight`.
+
+        Args:
+            weight: [N, K], floating.
+            block: (bn, bk); it need not divide N and K.
+            mask: [ceil(N / bn), ceil(K / bk)] bool, True = kept. None: the blocks that are not all
+                zero.
+
+        Raises:
+            ValueError: a shape or dtype is not as above, or a count does not fit into int32.
+        """
+        if weight.dim() != 2 or not weight.is_floating_point():
+            raise ValueError(
+                f"weight: expected a floating [N, K], got {weight.dtype} {list(weight.shape)}"
+            )
+        bn, bk = block
+        if bn < 1 or bk < 1:
+            raise ValueError(f"block: expected sizes of at least 1, got {block}")
+        N, K = weight.shape
+        rows, cols = -(-N // bn), -(-K // bk)
+        for name, count in (("rows", rows), ("columns", cols), ("elements", bn * bk)):
+            if count > INT32_MAX:
+                raise ValueError(f"weight: expected at most {INT32_MAX} block {name}, got {count}")
+        padded = torch.nn.functional.pad(weight, (0, cols * bk - K, 0, rows * bn - N))
+        blocks = padded.view(rows, bn, cols, bk).permute(0, 2, 3, 1)  # [rows, cols, bk, bn]
+        if mask is None:
+            mask = (blocks.detach() != 0).any(-1).any(-1)
+        elif mask.shape != (rows, cols) or mask.dtype != torch.bool:
+            raise ValueError(
+                f"mask: expected bool [{rows}, {cols}], got {mask.dtype} {list(mask.shape)}"
+            )
+        at = mask.to(weight.device).nonzero(as_tuple=True)
+        if len(at[0]) > INT32_MAX:
+            raise ValueError(f"weight: expected at most {INT32_MAX} blocks, got {len(at[0])}")
+        crow = torch.zeros(rows + 1, dtype=torch.int32, device=weight.device)
+        crow[1:] = mask.sum(1).cumsum(0)
+        values = blocks[at].contiguous().transpose(1, 2)
+        return BlockSparse(values, crow, at[1].to(torch.int32), (N, K))
+
+    def to_dense(self) -> Tensor:
+        """The weight with its zeros, [N, K]; gradients flow back to `values`."""
+        (N, K), (bn, bk) = self.shape, self.block
+        rows, cols = -(-N // bn), -(-K // bk)
+        row = torch.arange(rows, device=self.crow.device).repeat_interleave(
+            self.crow.diff(), output_size=self.nnz
+        )
+        blocks = self.values.new_zeros(rows, cols, bn, bk)
+        blocks = blocks.index_put((row, self.col.long()), self.values)
+        return blocks.transpose(1, 2).reshape(rows * bn, cols * bk)[:N, :K]
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """(bn, bk)."""
+        return self.values.shape[1], self.values.shape[2]
+
+    @property
+    def nnz(self) -> int:
+        """Number of stored blocks."""
+        return self.values.shape[0]
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of blocks that are not stored."""
+        (N, K), (bn, bk) = self.shape, self.block
+        return 1 - self.nnz / max(-(-N // bn) * -(-K // bk), 1)
