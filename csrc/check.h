@@ -4,10 +4,13 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
 #include <cstdint>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace prunelm {
 
@@ -94,6 +97,111 @@ inline RnntShape check_rnnt_loss(const Tensor& logits, const Tensor& targets,
     }
   }
   return shape;
+}
+
+enum class Prune { late, early, after };
+
+inline Prune prune_of(const std::string& name) {
+  if (name == "late") return Prune::late;
+  if (name == "early") return Prune::early;
+  if (name == "after") return Prune::after;
+  refuse("prune", "late, early or after", name);
+}
+
+enum Slot : int64_t { kExpand = 0, kBlankOnly = 1, kKeep = 2, kDead = 3 };
+
+struct BeamShape {
+  int64_t B, W, V;
+};
+
+inline void check_floating(const char* name, const Tensor& tensor) {
+  const ScalarType dtype = tensor.scalar_type();
+  if (dtype != ScalarType::Float && dtype != ScalarType::Double) {
+    refuse(name, "float32 or float64", torch::headeronly::toString(dtype));
+  }
+}
+
+inline void check_indices(const char* name, const Tensor& tensor, int64_t B, int64_t W) {
+  check_dim(name, tensor, 2);
+  check_size(name, tensor, 0, B);
+  check_size(name, tensor, 1, W);
+  check_dtype(name, tensor, ScalarType::Long);
+  check_contiguous(name, tensor);
+}
+
+inline void check_per_utterance(const char* name, const Tensor& tensor, const Tensor& score) {
+  check_dim(name, tensor, 1);
+  check_size(name, tensor, 0, score.size(0));
+  check_dtype(name, tensor, score.scalar_type());
+  check_contiguous(name, tensor);
+}
+
+inline BeamShape check_beam_step(const Tensor& score, const Tensor& am_logits,
+                                 const std::vector<Tensor>& rows, const std::vector<Tensor>& row,
+                                 const std::vector<Tensor>& weight,
+                                 const std::optional<Tensor>& slot,
+                                 const std::vector<int64_t>& silent,
+                                 const std::optional<Tensor>& token_reward, double temperature) {
+  check_dim("am_logits", am_logits, 3);
+  check_floating("am_logits", am_logits);
+  check_contiguous("am_logits", am_logits);
+  const BeamShape shape{am_logits.size(0), am_logits.size(1), am_logits.size(2)};
+  if (shape.W < 1 || shape.V < 1)
+    refuse("am_logits", "W and V of at least 1", shape_text(am_logits));
+  check_dim("score", score, 2);
+  check_size("score", score, 0, shape.B);
+  check_size("score", score, 1, shape.W);
+  check_floating("score", score);
+  check_contiguous("score", score);
+  if (rows.size() != row.size() || rows.size() != weight.size()) {
+    refuse("terms", "as many row and weight as rows",
+           std::to_string(rows.size()) + ", " + std::to_string(row.size()) + " and " +
+               std::to_string(weight.size()));
+  }
+  for (size_t i = 0; i < rows.size(); ++i) {
+    check_dim("rows", rows[i], 2);
+    check_size("rows", rows[i], 1, shape.V);
+    check_contiguous("rows", rows[i]);
+    const ScalarType dtype = rows[i].scalar_type();
+    if (dtype != ScalarType::Half && dtype != ScalarType::BFloat16) check_floating("rows", rows[i]);
+    check_indices("row", row[i], shape.B, shape.W);
+    check_per_utterance("weight", weight[i], score);
+  }
+  if (slot) check_indices("slot", *slot, shape.B, shape.W);
+  if (token_reward) check_per_utterance("token_reward", *token_reward, score);
+  if (silent.empty()) refuse("silent", "at least the blank token", "none");
+  for (const int64_t token : silent) {
+    if (token < 0 || token >= shape.V) {
+      refuse("silent", "tokens from 0 to " + std::to_string(shape.V - 1), std::to_string(token));
+    }
+  }
+  if (!(temperature > 0)) refuse("temperature", "a number above 0", std::to_string(temperature));
+  return shape;
+}
+
+// What is read on the host only: slot codes, and the row numbers of hypotheses that may be
+// expanded.
+inline void check_beam_rows(const BeamShape& shape, const Tensor& score,
+                            const std::vector<Tensor>& rows, const std::vector<Tensor>& row,
+                            const std::optional<Tensor>& slot) {
+  const auto dead = [&](int64_t i) {
+    return score.scalar_type() == ScalarType::Float
+               ? std::isinf(static_cast<const float*>(score.data_ptr())[i])
+               : std::isinf(static_cast<const double*>(score.data_ptr())[i]);
+  };
+  const auto* codes = slot ? static_cast<const int64_t*>(slot->data_ptr()) : nullptr;
+  for (int64_t i = 0; codes && i < shape.B * shape.W; ++i) {
+    if (codes[i] < kExpand || codes[i] > kDead) refuse("slot", "0 to 3", std::to_string(codes[i]));
+  }
+  for (size_t t = 0; t < rows.size(); ++t) {
+    const auto* numbers = static_cast<const int64_t*>(row[t].data_ptr());
+    for (int64_t i = 0; i < shape.B * shape.W; ++i) {
+      if ((codes && codes[i] != kExpand) || dead(i)) continue;
+      if (numbers[i] < 0 || numbers[i] >= rows[t].size(0)) {
+        refuse("row", "0 to " + std::to_string(rows[t].size(0) - 1), std::to_string(numbers[i]));
+      }
+    }
+  }
 }
 
 }  // namespace prunelm

@@ -11,6 +11,10 @@ STABLE_TORCH_LIBRARY(prunelm, m) {
   m.def(
       "rnnt_loss(Tensor logits, Tensor targets, Tensor logit_lengths, Tensor target_lengths, "
       "int blank) -> (Tensor, Tensor)");
+  m.def(
+      "beam_step(Tensor score, Tensor am_logits, Tensor[] rows, Tensor[] row, Tensor[] weight, "
+      "Tensor? slot, int[] silent, Tensor? token_reward, float temperature, float blank_penalty, "
+      "str prune, bool weigh_blank) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 PYBIND11_MODULE(_C, m) {
