@@ -1,1 +1,1 @@
-""""""
+"""Text, speech and tokenizers."""

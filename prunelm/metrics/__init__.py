@@ -1,1 +1,1 @@
-""""""
+"""Perplexity, word error rate, operations and measured time."""

@@ -1,1 +1,1 @@
-""""""
+"""The language model and the recogniser, in plain torch."""

@@ -1,1 +1,1 @@
-""""""
+"""Training, distillation and checkpoints."""
