@@ -1,0 +1,132 @@
+"""What the data say about a model: mean gradients and losses over a fixed list of batches."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Data = Callable[[int], Any]
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+def own_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The model's own mean loss: model.loss(batch), or model.loss(*batch) of a tuple."""
+    loss: Any = getattr(model, "loss", None)
+    if loss is None:
+        raise ValueError(f"loss: expected a function, as {type(model).__name__} has no own loss")
+    value: Tensor = loss(*batch) if isinstance(batch, tuple) else loss(batch)
+    return value
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Evidence for criteria: batches 0, 1, ... of the data, always the same ones.
+
+    Under DDP each process holds its own share of the data, and means are over all of them.
+
+    Args:
+        data: step -> batch; None where nothing data-driven is asked.
+        loss: (model, batch) -> mean loss over the batch's samples.
+        seed: for criteria that draw numbers.
+    """
+
+    data: Data | None
+    loss: Loss = own_loss
+    seed: int = 0
+
+    def mean_gradient(self, model: nn.Module, batches: int) -> dict[str, Tensor]:
+        """Gradient of the mean loss over all samples, float32, by parameter name.
+
+        Runs in eval mode. ValueError where there are no data, or a gradient is not finite.
+        """
+        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        total = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in named.items()}
+        count = 0
+        with _evaluating(model):
+            for batch, samples in self._batches(batches):
+                value = self.loss(model, batch)
+                gradients = torch.autograd.grad(value, list(named.values()), allow_unused=True)
+                for sum_so_far, gradient in zip(total.values(), gradients, strict=True):
+                    if gradient is not None:
+                        sum_so_far += gradient.float() * samples
+                count += samples
+        everywhere = _sum_over_processes(count, [*total.values()])
+        for name, gradient in total.items():
+            gradient /= everywhere
+            if not bool(gradient.isfinite().all()):
+                raise ValueError(f"gradient: expected finite numbers for {name}, got NaN or inf")
+        return total
+
+    def mean_loss(self, model: nn.Module, batches: int) -> float:
+        """Mean loss over all samples, in eval mode."""
+        total, count = torch.zeros(1, dtype=torch.float64), 0
+        with torch.no_grad(), _evaluating(model):
+            for batch, samples in self._batches(batches):
+                total += float(self.loss(model, batch)) * samples
+                count += samples
+        everywhere = _sum_over_processes(count, [total])
+        return float(total) / everywhere
+
+    def _batches(self, batches: int) -> Iterator[tuple[Any, int]]:
+        if self.data is None:
+            raise ValueError("data: expected a function from step to batch, got None")
+        for step in range(batches):
+            batch = self.data(step)
+            yield batch, _samples(batch)
+
+
+def _samples(batch: Any) -> int:
+    """How many samples a batch's mean is over: tokens predicted, or utterances."""
+    if isinstance(batch, Tensor):
+        return batch[:, 1:].numel() if batch.dim() == 2 else len(batch)
+    return len(batch[0])
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _sum_over_processes(count: int, tensors: list[Tensor]) -> int:
+    """Sums tensors over all processes in place; returns the summed count."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return count
+    everywhere = torch.tensor([count], device=tensors[0].device)
+    dist.all_reduce(everywhere)
+    for tensor in tensors:
+        dist.all_reduce(tensor)
+    return int(everywhere)
+
+
+def broadcast(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Process 0's tensors for all; the given ones where there is one process."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return tensors
+    result = []
+    for tensor in tensors:
+        sent = tensor.detach().to(device, torch.uint8 if tensor.dtype == torch.bool else None)
+        sent = sent.clone()
+        dist.broadcast(sent, 0)
+        result.append(sent.to(tensor.device, tensor.dtype))
+    return result
+
+
+def is_main_process() -> bool:
+    """Whether this process writes files."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def wait_for_all() -> None:
+    """Returns when every process is here."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,324 @@
+"""What can go. A method is a class with `prepare` and `groups`, see `groups.Method`.
+
+`a | b` joins methods under one budget. `min_keep` is a floor against layer collapse: a global
+ranking may otherwise empty a layer, which no fine-tuning repairs.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from prunelm.pruning.compact import factorise, state_of
+from prunelm.pruning.groups import (
+    Architecture,
+    Groups,
+    Method,
+    Rows,
+    Tiles,
+    break_even,
+    inputs,
+    marginal_cost,
+    out_features,
+    outputs,
+    prunable_weights,
+)
+
+
+class _Joinable:
+    """Gives a method `a | b`."""
+
+    def __or__(self, other: Method) -> "Joined":
+        mine = self.methods if isinstance(self, Joined) else (self,)
+        theirs = other.methods if isinstance(other, Joined) else (other,)
+        return Joined((*mine, *theirs))
+
+
+@dataclass(frozen=True)
+class Joined(_Joinable):
+    """Several methods under one budget; made by `a | b`."""
+
+    methods: tuple[Method, ...]
+
+    def __post_init__(self) -> None:
+        kinds = [type(method) for method in self.methods]
+        if LowRank in kinds and (Elements in kinds or Blocks in kinds):
+            raise ValueError(
+                "method: expected LowRank without Elements or Blocks, whose masks would be on "
+                "weights that it rewrites; prune twice instead"
+            )
+        if len(set(kinds)) < len(kinds):
+            names = " | ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"method: expected each kind once, got {names}")
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Prepared by every method in turn."""
+        for method in self.methods:
+            model = method.prepare(model)
+        return model
+
+    def groups(self, model: nn.Module, masks: Mapping[str, Tensor]) -> list[Groups]:
+        """The groups of all."""
+        return [groups for method in self.methods for groups in method.groups(model, masks)]
+
+
+@dataclass(frozen=True)
+class Elements(_Joinable):
+    """Single weights of the 2-d parameters, masked. Biases and norms stay.
+
+    Args:
+        min_keep: fraction of each weight that always stays.
+        embedding: whether embedding tables (a tied head is the same table) take part.
+    """
+
+    min_keep: float = 0.02
+    embedding: bool = True
+
+    def __post_init__(self) -> None:
+        _check_fraction(self.min_keep)
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The model as it is."""
+        return model
+
+    def groups(self, model: nn.Module, masks: Mapping[str, Tensor]) -> list[Groups]:
+        """One `Groups` per weight."""
+        return _tiles(
+            model, masks, "element", block=(1, 1), min_keep=self.min_keep, embedding=self.embedding
+        )
+
+
+@dataclass(frozen=True)
+class Blocks(_Joinable):
+    """(bn, bk) blocks of the 2-d parameters, masked; `accelerate` makes them fast.
+
+    Args:
+        bn, bk: rows and columns of a block; blocks at the edges may be cut.
+        min_keep: fraction of each weight's blocks that always stays.
+        embedding: whether embedding tables take part; no kernel makes their lookup faster.
+    """
+
+    bn: int = 16
+    bk: int = 16
+    min_keep: float = 0.02
+    embedding: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("bn", "bk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        _check_fraction(self.min_keep)
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The model as it is."""
+        return model
+
+    def groups(self, model: nn.Module, masks: Mapping[str, Tensor]) -> list[Groups]:
+        """One `Groups` per weight."""
+        return _tiles(
+            model,
+            masks,
+            "block",
+            block=(self.bn, self.bk),
+            min_keep=self.min_keep,
+            embedding=self.embedding,
+        )
+
+
+@dataclass(frozen=True)
+class Heads(_Joinable):
+    """Attention heads: their query, key and value rows and their output columns.
+
+    Args:
+        min_keep: heads that stay in every block; with 0 the attention half of a block may vanish.
+    """
+
+    min_keep: int = 1
+    architecture: Architecture = field(default_factory=Architecture)
+
+    def __post_init__(self) -> None:
+        _check_count("min_keep", self.min_keep, 0)
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The model as it is."""
+        return model
+
+    def groups(self, model: nn.Module, masks: Mapping[str, Tensor]) -> list[Groups]:
+        """One `Groups` per block that has heads."""
+        names, parameters, found = self.architecture, dict(model.named_parameters()), []
+        for block, module in names.blocks(model):
+            qkv, out = f"{block}.{names.qkv}", f"{block}.{names.out}"
+            if not hasattr(module, names.qkv):
+                continue
+            heads = out_features(parameters, qkv) // (3 * int(getattr(module, names.head_dim)))
+            parts = (*outputs(parameters, qkv, heads, 3), *inputs(parameters, out, heads))
+            whole = _below(parameters, block, (names.qkv, names.out, *names.attention_norms))
+            found.append(
+                _structure("head", block, parts, parameters, masks, whole, min_keep=self.min_keep)
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Neurons(_Joinable):
+    """Feed-forward neurons: a row of the first linear, its bias, a column of the second.
+
+    Args:
+        multiple_of: a block keeps a multiple of this many.
+        min_keep: neurons that stay in every block; with 0 the feed-forward half may vanish.
+    """
+
+    multiple_of: int = 1
+    min_keep: int = 8
+    architecture: Architecture = field(default_factory=Architecture)
+
+    def __post_init__(self) -> None:
+        _check_count("multiple_of", self.multiple_of, 1)
+        _check_count("min_keep", self.min_keep, 0)
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The model as it is."""
+        return model
+
+    def groups(self, model: nn.Module, masks: Mapping[str, Tensor]) -> list[Groups]:
+        """One `Groups` per block that has a feed-forward half."""
+        names, parameters, found = self.architecture, dict(model.named_parameters()), []
+        for block, module in names.blocks(model):
+            pairs = [pair for pair in names.feed_forwards if hasattr(module, pair[0])]
+            if not pairs:
+                continue
+            ff = out_features(parameters, f"{block}.{pairs[0][0]}")
+            parts: tuple[Rows, ...] = ()
+            for first, second in pairs:
+                parts += (*outputs(parameters, f"{block}.{first}", ff),)
+                parts += (*inputs(parameters, f"{block}.{second}", ff),)
+            flat = tuple(name for pair in pairs for name in pair)
+            whole = _below(parameters, block, (*flat, *names.ff_norms))
+            found.append(
+                _structure(
+                    "neuron",
+                    block,
+                    parts,
+                    parameters,
+                    masks,
+                    whole,
+                    min_keep=min(self.min_keep, ff),
+                    multiple_of=self.multiple_of,
+                )
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class LowRank(_Joinable):
+    """Rank components u_k s_k v_k' of the linears in the blocks: the incremental variant.
+
+    Every linear is rewritten exactly as factors (a factorised one is made orthogonal again by QR
+    and an SVD of the small core, never of the product); components are groups like any other and
+    go round by round, with fine-tuning of the balanced factors U sqrt(s), sqrt(s) V' in between.
+    A linear counts as min(dense, factors): at or above break-even it is a dense weight again, so
+    that its first components go together or not at all.
+
+    Args:
+        multiple_of: ranks below break-even are a multiple of it.
+        min_keep: components that stay in every linear.
+    """
+
+    multiple_of: int = 1
+    min_keep: int = 1
+    architecture: Architecture = field(default_factory=Architecture)
+
+    def __post_init__(self) -> None:
+        _check_count("multiple_of", self.multiple_of, 1)
+        _check_count("min_keep", self.min_keep, 1)
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """A copy whose linears are factors U s, V' with orthonormal U and V; the same function."""
+        return factorise(model, list(self.architecture.linears(model)))
+
+    def groups(self, model: nn.Module, masks: Mapping[str, Tensor]) -> list[Groups]:
+        """One `Groups` per linear of a prepared model."""
+        parameters, found = state_of(model), []
+        for linear in self.architecture.linears(model):
+            up, down = parameters[f"{linear}.up"], parameters[f"{linear}.down"]
+            (n, rank), k = up.shape, down.shape[1]
+            if break_even(n, k) < self.min_keep:
+                continue
+            parts = (Rows(f"{linear}.up", rank, 1), Rows(f"{linear}.down", rank, 0, scored=False))
+            found.append(
+                Groups(
+                    "rank",
+                    linear,
+                    parts,
+                    cost=torch.full((rank,), n + k),
+                    kept=torch.ones(rank, dtype=torch.bool),
+                    shrinks=True,
+                    min_keep=min(self.min_keep, rank),
+                    multiple_of=self.multiple_of,
+                    cap=n * k,
+                )
+            )
+        return found
+
+
+def _tiles(
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    kind: str,
+    *,
+    block: tuple[int, int],
+    min_keep: float,
+    embedding: bool,
+) -> list[Groups]:
+    found, parameters = [], dict(model.named_parameters())
+    for name, weight in prunable_weights(model, embedding).items():
+        part = Tiles(name, (weight.shape[0], weight.shape[1]), block)
+        cost = marginal_cost(parameters, masks, [part])
+        floor = math.ceil(min_keep * len(cost))
+        found.append(Groups(kind, name, (part,), cost, cost > 0, False, min_keep=floor))
+    if not found:
+        raise ValueError(f"model: expected 2-d parameters, got {type(model).__name__} without any")
+    return found
+
+
+def _structure(
+    kind: str,
+    place: str,
+    parts: tuple[Rows, ...],
+    parameters: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    whole: tuple[str, ...],
+    *,
+    min_keep: int,
+    multiple_of: int = 1,
+) -> Groups:
+    cost = marginal_cost(parameters, masks, parts)
+    kept = torch.ones(len(cost), dtype=torch.bool)
+    return Groups(
+        kind,
+        place,
+        parts,
+        cost,
+        kept,
+        True,
+        min_keep=min_keep,
+        multiple_of=multiple_of,
+        whole=whole,
+    )
+
+
+def _below(parameters: Mapping[str, Tensor], block: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Parameters of the block's children with these names."""
+    return tuple(p for p in parameters if any(p.startswith(f"{block}.{name}.") for name in names))
+
+
+def _check_fraction(min_keep: float) -> None:
+    if not 0.0 <= min_keep < 1.0:
+        raise ValueError(f"min_keep: expected a fraction in [0, 1), got {min_keep}")
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")

@@ -1,0 +1,325 @@
+"""Joins a method, a criterion, a schedule and a recovery into one run."""
+
+import copy
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunelm.data.tokenizer import Tokenizer
+from prunelm.pruning.budget import Ledger, choose, count_parameters, parse_target, smallest
+from prunelm.pruning.budget import unreachable as unreachable_line
+from prunelm.pruning.calibration import (
+    Calibration,
+    Data,
+    Loss,
+    broadcast,
+    is_main_process,
+    own_loss,
+)
+from prunelm.pruning.compact import remove
+from prunelm.pruning.criteria import Magnitude, Taylor
+from prunelm.pruning.groups import Architecture, Criterion, Groups, Method, Schedule
+from prunelm.pruning.journal import Entry, Journal
+from prunelm.pruning.methods import Joined
+from prunelm.pruning.recovery import Recovery, Wound
+from prunelm.pruning.result import Result, Round
+from prunelm.pruning.schedulers import OneShot
+
+Validate = Callable[[nn.Module], float]
+_REPORT_BATCHES = 8  # for the losses in a report, where the criterion needs no data
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a dry run says. `advice` tells why a target cannot be reached; "" where it can."""
+
+    target: str | int
+    asked: int
+    size: int
+    dense_size: int
+    smallest: int
+    gone: Mapping[str, int]
+    places: Mapping[str, tuple[int, int]]  # "head blocks.0" -> (kept, of)
+    advice: str = ""
+
+    @property
+    def reachable(self) -> bool:
+        """Whether the target can be reached."""
+        return not self.advice
+
+    def __str__(self) -> str:
+        if self.advice:
+            return self.advice
+        lines = [f"{self.size:,} of {self.dense_size:,} parameters; smallest {self.smallest:,}"]
+        lines += [f"{place}: {kept} of {count}" for place, (kept, count) in self.places.items()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Pruner:
+    """Prunes models to exact sizes.
+
+    Args:
+        method: what can go, such as `Heads() | Neurons()`.
+        criterion: what losing it costs.
+        schedule: when; a schedule runs from one size to the next.
+        recovery: what heals after each round; None: nothing.
+        seed: equal seeds give equal results.
+    """
+
+    method: Method
+    criterion: Criterion = field(default_factory=Taylor)
+    schedule: Schedule = field(default_factory=OneShot)
+    recovery: Recovery | None = None
+    seed: int = 0
+
+    def run(
+        self,
+        model: nn.Module,
+        target: str | int,
+        data: Data | None = None,
+        *,
+        loss: Loss = own_loss,
+        validate: Validate | None = None,
+        tokenizer: Tokenizer | None = None,
+        masks: Mapping[str, Tensor] | None = None,
+        folder: Path | str | None = None,
+    ) -> Result:
+        """A copy of `model` with at most `target` parameters, and as near as groups allow.
+
+        Args:
+            target: "5M", "40%" of the present size, or a number of parameters.
+            data: step -> batch, a pure function, such as `TokenBatches`.
+            loss: (model, batch) -> mean loss; by default the model's own.
+            validate: a metric to report, lower is better, such as perplexity.
+            tokenizer: what `Result.save` puts beside the model.
+            masks: of an earlier result, whose zeros stay.
+            folder: takes the state after each round; a later call with the same arguments resumes.
+
+        Raises:
+            ValueError: the target cannot be reached (says what can), data are needed and missing,
+                or a folder that holds another run.
+        """
+        results = self.ladder(
+            model, [target], data, loss=loss, validate=validate, tokenizer=tokenizer,
+            masks=masks, folder=folder,
+        )  # fmt: skip
+        return results[0]
+
+    def ladder(
+        self,
+        model: nn.Module,
+        targets: Sequence[str | int],
+        data: Data | None = None,
+        *,
+        loss: Loss = own_loss,
+        validate: Validate | None = None,
+        tokenizer: Tokenizer | None = None,
+        masks: Mapping[str, Tensor] | None = None,
+        folder: Path | str | None = None,
+    ) -> list[Result]:
+        """One result per target, each made from the one before; arguments as for `run`.
+
+        With a folder and a tokenizer, each result is saved in a folder of its own as it is made.
+
+        Raises:
+            ValueError: as for `run`, or targets that do not fall.
+        """
+        dense_size = count_parameters(model, masks)
+        asked = [parse_target(target, dense_size) for target in targets]
+        if not asked or any(b >= a for a, b in itertools.pairwise(asked)):
+            raise ValueError(f"targets: expected falling sizes, got {list(targets)}")
+        self._refuse_unreachable(model, masks or {}, asked[-1])
+        with torch.random.fork_rng(devices=[]):
+            journal = Journal(Path(folder) if folder is not None else None)
+            journal.claim(model, self.settings(), asked)
+            run = _Run(self, model, Calibration(data, loss), validate, masks or {}, journal)
+            results = []
+            for target, size in zip(targets, asked, strict=True):
+                run.descend(size)
+                result = run.result(target, size, tokenizer)
+                results.append(result)
+                if folder is not None and tokenizer is not None and is_main_process():
+                    result.save(Path(folder) / f"size-{size}")
+        return results
+
+    def plan(
+        self,
+        model: nn.Module,
+        target: str | int,
+        data: Data | None = None,
+        *,
+        loss: Loss = own_loss,
+        masks: Mapping[str, Tensor] | None = None,
+    ) -> Plan:
+        """What one shot would take, and whether it can; nothing is changed.
+
+        Without data a data-driven criterion is replaced by `Magnitude()`: sizes hold, places are
+        an estimate.
+        """
+        masks = masks or {}
+        dense_size = count_parameters(model, masks)
+        asked = parse_target(target, dense_size)
+        prepared = self.method.prepare(model)
+        groups = self.method.groups(prepared, masks)
+        least = smallest(prepared, groups, masks)
+        if least > asked:
+            advice = unreachable_line(prepared, groups, masks, asked)
+            return Plan(target, asked, least, dense_size, least, {}, {}, advice)
+        criterion = self.criterion if data or not self.criterion.batches else Magnitude()
+        scores = criterion.score(prepared, groups, Calibration(data, loss, self.seed))
+        keep = choose(prepared, groups, scores, masks, asked)
+        size = Ledger(prepared, groups, masks).size(keep)
+        places = {
+            f"{each.kind} {each.place}": (int(kept.sum()), each.count)
+            for each, kept in zip(groups, keep, strict=True)
+        }
+        return Plan(target, asked, size, dense_size, least, _gone(groups, keep), places)
+
+    def _refuse_unreachable(
+        self, model: nn.Module, masks: Mapping[str, Tensor], target: int
+    ) -> None:
+        prepared = self.method.prepare(model)
+        groups = self.method.groups(prepared, masks)
+        if smallest(prepared, groups, masks) > target:
+            raise ValueError(unreachable_line(prepared, groups, masks, target))
+
+    def settings(self) -> dict[str, str]:
+        """The four axes and the seed in words."""
+        names = ("method", "criterion", "schedule", "recovery", "seed")
+        return {name: _words(getattr(self, name)) for name in names}
+
+
+class _Run:
+    """One run's state: the model between rounds, and what has happened."""
+
+    def __init__(
+        self,
+        pruner: Pruner,
+        model: nn.Module,
+        evidence: Calibration,
+        validate: Validate | None,
+        masks: Mapping[str, Tensor],
+        journal: Journal,
+    ) -> None:
+        self.pruner, self.evidence, self.validate = pruner, evidence, validate
+        self.journal = journal
+        self.dense = copy.deepcopy(model).eval()
+        self.model, self.masks = copy.deepcopy(model).eval(), dict(masks)
+        self.size = self.dense_size = count_parameters(model, masks)
+        self.rounds: list[Round] = []
+        self.steps = 0
+        self.metric_dense: float | None = None
+        batches = pruner.criterion.batches or _REPORT_BATCHES
+        self.loss_batches = batches if evidence.data is not None else 0
+
+    def descend(self, target: int) -> None:
+        """All rounds down to `target`; those that the journal holds are read, not run."""
+        sizes = self.pruner.schedule.sizes(self.size, target)
+        for index, size in enumerate(sizes):
+            position = len(self.rounds)
+            entry = self.journal.read(position)
+            last = index == len(sizes) - 1
+            if entry is None:
+                entry = self.round(size, index, len(sizes))
+                self.journal.write(position, entry, self.model, self.masks, forget=index > 0)
+            elif last or self.journal.read(position + 1) is None:
+                self.model, self.masks = self.journal.weights(position, self.dense)
+            self.rounds.append(entry.round)
+            self.size, self.steps, self.metric_dense = (
+                entry.round.size, entry.steps, entry.metric_dense,
+            )  # fmt: skip
+
+    def round(self, asked: int, index: int, count: int) -> Entry:
+        """Removes groups down to `asked` parameters and recovers."""
+        pruner, position = self.pruner, len(self.rounds)
+        if self.validate is not None and self.metric_dense is None:
+            self.metric_dense = self.validate(self.dense)
+        seed = (pruner.seed * 1009 + position) % 2**20
+        evidence = replace(self.evidence, seed=seed)
+        before = self.rounds[-1].loss_recovered if self.rounds else self.loss()
+        prepared = pruner.method.prepare(self.model)
+        groups = pruner.method.groups(prepared, self.masks)
+        scores = pruner.criterion.score(prepared, groups, evidence)
+        keep = choose(prepared, groups, scores, self.masks, asked)
+        device = next(prepared.parameters()).device
+        keep = broadcast(keep, device)
+        predicted = None
+        if pruner.criterion.in_loss_units:
+            lost = zip(groups, scores, keep, strict=True)
+            predicted = sum(float(score[each.kept & ~kept].sum()) for each, score, kept in lost)
+        self.model, self.masks, _ = remove(prepared, groups, keep, self.masks)
+        self.agree(device)
+        pruned, metric_pruned = self.loss(), self.metric()
+        recovered, metric, steps = pruned, metric_pruned, 0
+        if pruner.recovery is not None:
+            folder = self.journal.recovery_folder(position)
+            wound = Wound(index, count, self.steps, seed, self.dense, folder)
+            steps = pruner.recovery(self.model, evidence, self.masks, wound)
+            recovered, metric = self.loss(), self.metric()
+        size = count_parameters(self.model, self.masks)
+        record = Round(
+            asked, size, _gone(groups, keep), predicted, before, pruned, recovered,
+            metric_pruned, metric, steps,
+        )  # fmt: skip
+        return Entry(record, self.steps + steps, self.metric_dense)
+
+    def agree(self, device: torch.device) -> None:
+        """Process 0's weights for all, in case a decomposition rounds differently elsewhere."""
+        weights = list(self.model.parameters())
+        with torch.no_grad():
+            for weight, agreed in zip(weights, broadcast(list(weights), device), strict=True):
+                if agreed is not weight:
+                    weight.copy_(agreed)
+
+    def loss(self) -> float | None:
+        """Mean loss over the calibration batches, None without data."""
+        if not self.loss_batches:
+            return None
+        return self.evidence.mean_loss(self.model, self.loss_batches)
+
+    def metric(self) -> float | None:
+        """What `validate` says."""
+        return None if self.validate is None else self.validate(self.model)
+
+    def result(self, target: str | int, asked: int, tokenizer: Tokenizer | None) -> Result:
+        """The present model as a result of its own."""
+        return Result(
+            model=copy.deepcopy(self.model).eval(),
+            masks=dict(self.masks),
+            target=target,
+            asked=asked,
+            size=self.size,
+            dense_size=self.dense_size,
+            rounds=tuple(self.rounds),
+            settings=self.pruner.settings(),
+            metric_dense=self.metric_dense,
+            tokenizer=tokenizer,
+        )
+
+
+def _gone(groups: Sequence[Groups], keep: Sequence[Tensor]) -> dict[str, int]:
+    gone: dict[str, int] = {}
+    for each, kept in zip(groups, keep, strict=True):
+        gone[each.kind] = gone.get(each.kind, 0) + int((each.kept & ~kept).sum())
+    return gone
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Joined):
+        return " | ".join(_words(method) for method in value.methods)
+    if is_dataclass(value) and not isinstance(value, type):
+        changed = [
+            f"{f.name}={getattr(value, f.name)!r}"
+            for f in fields(value)
+            if f.name != "architecture" or getattr(value, f.name) != Architecture()
+        ]
+        return f"{type(value).__name__}({', '.join(changed)})"
+    if value is None or isinstance(value, int):
+        return str(value)
+    return str(getattr(value, "__qualname__", type(value).__qualname__))

@@ -1,0 +1,142 @@
+"""Heals a model after a round. A recovery is any callable, see `Recovery`."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from prunelm.pruning.calibration import Calibration, is_main_process, wait_for_all
+
+
+@dataclass(frozen=True)
+class Wound:
+    """Where a recovery stands in the run.
+
+    Args:
+        round, rounds: this round, counted from 0, of so many to the present target.
+        first_step: data steps that earlier rounds have used up.
+        seed: of this round.
+        dense: the model as it was before the first round, in eval mode.
+        folder: for the recovery's own checkpoints, or None.
+    """
+
+    round: int
+    rounds: int
+    first_step: int
+    seed: int
+    dense: nn.Module
+    folder: Path | None = None
+
+
+class Recovery(Protocol):
+    """Trains `model` in place, keeps masked weights at zero, returns the data steps it used."""
+
+    def __call__(
+        self, model: nn.Module, evidence: Calibration, masks: Mapping[str, Tensor], wound: Wound
+    ) -> int: ...
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Fine-tuning by `training.loop.train`, with distillation from the dense model if asked.
+
+    Args:
+        steps: for one target; its rounds share them equally, so that schedules compare at equal
+            cost. The learning rate starts anew in each round.
+        lr: highest learning rate.
+        distill: weight of the dense model's logits in the loss, 0 to 1; needs a model that maps
+            tokens [B, L] to logits [B, L, V].
+        temperature: of the distillation.
+        last: the last round's share of the steps, where there are several; None: an equal share.
+    """
+
+    steps: int = 200
+    lr: float = 1e-3
+    distill: float = 0.0
+    temperature: float = 2.0
+    last: float | None = None
+    weight_decay: float = 0.01
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"steps: expected at least 0, got {self.steps}")
+        if not self.lr > 0:
+            raise ValueError(f"lr: expected more than 0, got {self.lr}")
+        if not 0.0 <= self.distill <= 1.0:
+            raise ValueError(f"distill: expected a fraction in [0, 1], got {self.distill}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature: expected more than 0, got {self.temperature}")
+        if self.last is not None and not 0.0 <= self.last <= 1.0:
+            raise ValueError(f"last: expected a fraction in [0, 1], got {self.last}")
+
+    def share(self, round: int, rounds: int) -> int:
+        """Steps of round `round`; they add up to `steps`."""
+        if self.last is None or rounds == 1:
+            return self.steps * (round + 1) // rounds - self.steps * round // rounds
+        final = int(self.steps * self.last)
+        if round == rounds - 1:
+            return final
+        rest, others = self.steps - final, rounds - 1
+        return rest * (round + 1) // others - rest * round // others
+
+    def __call__(
+        self, model: nn.Module, evidence: Calibration, masks: Mapping[str, Tensor], wound: Wound
+    ) -> int:
+        """Trains for this round's share of the steps."""
+        from prunelm.training.loop import TrainOptions, train
+
+        steps = self.share(wound.round, wound.rounds)
+        if not steps:
+            return 0
+        data = evidence.data
+        if data is None:
+            raise ValueError("data: expected a function from step to batch, got None")
+        options = TrainOptions(
+            steps=steps,
+            lr=self.lr,
+            warmup=max(min(100, steps // 10), 1),
+            weight_decay=self.weight_decay,
+            bf16=self.bf16,
+            seed=wound.seed,
+            checkpoint_every=200 if wound.folder is not None else 0,
+        )
+
+        def loss(student: nn.Module, batch: Any) -> Tensor:
+            if not self.distill:
+                return evidence.loss(student, batch)
+            return self._distilled(student, wound.dense, batch)
+
+        train(
+            model,
+            lambda step: data(wound.first_step + step),
+            loss,
+            options,
+            folder=wound.folder,
+            masks=masks,
+        )
+        return steps
+
+    def _distilled(self, student: nn.Module, teacher: nn.Module, batch: Any) -> Tensor:
+        from prunelm.training.distill import distillation_loss
+
+        if not isinstance(batch, Tensor) or batch.dim() != 2:
+            raise ValueError("distill: expected batches of tokens [B, L + 1], got something else")
+        with torch.no_grad():
+            teacher_logits = teacher(batch[:, :-1])
+        logits = student(batch[:, :-1])
+        loss: Tensor = distillation_loss(
+            logits, teacher_logits, batch[:, 1:], alpha=self.distill, temperature=self.temperature
+        )
+        return loss
+
+
+def clear(folder: Path) -> None:
+    """Removes a recovery's own files, once its round is saved."""
+    if is_main_process():
+        shutil.rmtree(folder, ignore_errors=True)
+    wait_for_all()
