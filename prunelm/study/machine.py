@@ -1,0 +1,67 @@
+"""What the computer is and what was built for it."""
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+from prunelm.version import __version__
+
+
+def describe() -> dict[str, str]:
+    """Processor, cores, instruction set, memory, GPUs and versions, each one line of text."""
+    import torch
+
+    found = {
+        "prunelm": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor(),
+        "cores": f"{usable_cores()} usable, torch uses {torch.get_num_threads()} threads",
+        "instruction set of torch": torch.backends.cpu.get_cpu_capability(),
+        "memory": memory(),
+    }
+    for i in range(torch.cuda.device_count()):
+        found[f"GPU {i}"] = torch.cuda.get_device_name(i)
+    return found
+
+
+def one_line(machine: dict[str, str]) -> str:
+    """The part of `describe` that a reader of numbers needs."""
+    gpus = [value for name, value in machine.items() if name.startswith("GPU")]
+    parts = [machine.get(name, "") for name in ("processor", "cores", "instruction set of torch")]
+    versions = [f"{name} {machine[name]}" for name in ("prunelm", "torch") if name in machine]
+    return ", ".join(part for part in [*parts, *gpus, *versions] if part)
+
+
+def processor() -> str:
+    """The processor's own name where the system tells it."""
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def memory() -> str:
+    """Physical memory in GiB."""
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return "unknown"
+    return f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB"
+
+
+def version_of(package: str) -> str:
+    """An installed package's version, "not installed" where there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
