@@ -1,0 +1,208 @@
+"""Makes the demo's speech: a training, a validation and a test set, each with a manifest.
+
+    python recipes/demo/make_speech.py --text commands/train.txt --out demo_speech
+
+Voices and sentences of the three sets are disjoint. See README.md beside this file.
+"""
+
+import argparse
+import csv
+import gzip
+import os
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from voices import RATE, Audio, Line, Voice, resample, speak
+
+TEXT = Path(__file__).parents[2] / "prunelm" / "demo"
+
+ESPEAK_TRAIN = [
+    f"{accent}+{variant}"
+    for accent, variants in {
+        "en-us": ("m1", "m3", "m7", "f1", "f4", "max", "steph", "michael"),
+        "en-gb": ("m2", "m4", "f3", "belinda", "alex", "rob"),
+        "en-gb-scotland": ("m5", "m8", "f4", "linda"),
+        "en-gb-x-rp": ("m6", "f1", "john"),
+        "en-us-nyc": ("m3", "f3", "edward"),
+    }.items()
+    for variant in variants
+]
+
+TRAIN: tuple[tuple[Voice, float], ...] = (  # voice, share of the sentences
+    (Voice("flite", "kal16"), 0.10),
+    (Voice("flite", "rms"), 0.15),
+    (Voice("flite", "slt"), 0.13),
+    (Voice("festival", "kal_diphone"), 0.06),
+    (Voice("festival", "cmu_us_slt_arctic_hts"), 0.10),
+    (Voice("pico", "en-US"), 0.22),
+    *((Voice("espeak", name), 0.24 / len(ESPEAK_TRAIN)) for name in ESPEAK_TRAIN),
+)
+VALID = (Voice("festival", "ked_diphone"), Voice("espeak", "en-gb-x-gbclan+f5"))
+TEST = (
+    Voice("flite", "awb"),
+    Voice("pico", "en-GB"),
+    Voice("piper", "en_US-joe-medium"),
+    Voice("espeak", "en-029+f2"),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One utterance to be: `warp` scales the voice tract and the tempo alike."""
+
+    id: str
+    voice: Voice
+    line: Line
+    warp: float = 1.0
+    snr_db: float | None = None
+    tilt_db: float = 0.0
+    peak: float = 0.5
+
+
+def normalised(lines: Iterable[str]) -> list[str]:
+    """Lines of lower-case letters and apostrophes; those with anything else are dropped."""
+    stripped = (" ".join(line.lower().split()) for line in lines)
+    return [line for line in stripped if re.fullmatch(r"[a-z']+( [a-z']+)*", line)]
+
+
+def training_jobs(lines: Sequence[str], count: int, seed: int) -> list[Job]:
+    """Draws `count` sentences of 3 to 11 words whose words all occur at least 3 times."""
+    frequent = {w for w, n in Counter(w for x in lines for w in x.split()).items() if n >= 3}
+    short = [x for x in lines if 3 <= len(x.split()) <= 11 and frequent.issuperset(x.split())]
+    if len(short) < count:
+        raise ValueError(f"text: expected at least {count} usable lines, got {len(short)}")
+    rng = random.Random(seed)
+    texts = rng.sample(short, count)
+    voices = [voice for voice, _ in TRAIN]
+    chosen = rng.choices(voices, [share for _, share in TRAIN], k=count)
+    return [
+        Job(
+            id=f"train-{i:05d}",
+            voice=voice,
+            line=Line(text, tempo=rng.uniform(0.9, 1.25), pitch=rng.uniform(0.15, 0.85)),
+            warp=rng.uniform(0.88, 1.14),
+            snr_db=rng.uniform(12, 40),
+            tilt_db=rng.uniform(-6, 6),
+            peak=10 ** rng.uniform(-1.3, -0.1),
+        )
+        for i, (text, voice) in enumerate(zip(texts, chosen, strict=True))
+    ]
+
+
+def held_out_jobs(split: str, lines: Sequence[str], voices: Sequence[Voice]) -> list[Job]:
+    """Clean speech, the voices taking turns."""
+    return [
+        Job(id=f"{split}-{i:04d}", voice=voices[i % len(voices)], line=Line(text, tempo=1.05))
+        for i, text in enumerate(lines)
+    ]
+
+
+def finish(job: Job, audio: Audio) -> Audio:
+    """Applies the job's warp, tilt, noise and level; cuts long silence at both ends.
+
+    Args:
+        audio: [S] float32 at 16 kHz.
+
+    Returns:
+        [S'] float32 within [-1, 1].
+    """
+    rng = np.random.default_rng(hash_text(job.id))
+    loud = np.flatnonzero(np.abs(audio) > 0.01 * np.abs(audio).max())
+    margin = RATE // 8
+    audio = audio[max(0, loud[0] - margin) : loud[-1] + margin] if len(loud) else audio
+    if job.warp != 1:
+        audio = resample(audio, 1 / job.warp)
+    if job.tilt_db:
+        spectrum = np.fft.rfft(audio)
+        octaves = np.log2(np.maximum(np.arange(len(spectrum)) / len(spectrum), 1e-3)) / 5
+        audio = np.fft.irfft(spectrum * 10 ** (job.tilt_db * octaves / 20), len(audio))
+    if job.snr_db is not None:
+        spectrum = np.fft.rfft(rng.standard_normal(len(audio)))
+        colour = np.maximum(np.arange(len(spectrum)) / len(spectrum), 1e-2) ** -rng.uniform(0, 0.8)
+        noise = np.fft.irfft(spectrum * colour, len(audio))
+        level = np.sqrt(np.mean(audio**2) / np.mean(noise**2)) * 10 ** (-job.snr_db / 20)
+        audio = audio + level * noise
+    levelled: Audio = audio * (job.peak / max(float(np.abs(audio).max()), 1e-9))
+    return levelled.astype(np.float32)
+
+
+def hash_text(text: str) -> int:
+    """A number for a name, the same in every process."""
+    return int.from_bytes(text.encode(), "big") % (2**63)
+
+
+def make(jobs: Sequence[Job], folder: Path) -> list[dict[str, str]]:
+    """Synthesises jobs of one voice into `folder`; returns their manifest rows."""
+    rows = []
+    for job, audio in zip(jobs, speak(jobs[0].voice, [job.line for job in jobs]), strict=True):
+        audio = finish(job, audio)
+        path = folder / f"{job.id}.flac"
+        soundfile.write(path, audio, RATE, subtype="PCM_16")
+        rows.append(
+            {
+                "id": job.id,
+                "path": f"{folder.name}/{path.name}",
+                "text": job.line.text,
+                "seconds": f"{len(audio) / RATE:.3f}",
+                "speaker": job.voice.speaker,
+            }
+        )
+    return rows
+
+
+def write_manifest(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    """Writes rows as a manifest TSV, sorted by id."""
+    temporary = path.with_suffix(".part")
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        columns = ["id", "path", "text", "seconds", "speaker"]
+        writer = csv.DictWriter(file, columns, delimiter="\t", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(rows, key=lambda row: row["id"]))
+    os.replace(temporary, path)
+
+
+def make_split(jobs: Sequence[Job], out: Path, split: str, workers: int) -> None:
+    """Makes all jobs in `workers` processes, one voice per piece of work."""
+    folder = out / split
+    folder.mkdir(parents=True, exist_ok=True)
+    by_voice: dict[Voice, list[Job]] = {}
+    for job in jobs:
+        by_voice.setdefault(job.voice, []).append(job)
+    pieces = [same[i : i + 50] for same in by_voice.values() for i in range(0, len(same), 50)]
+    with ProcessPoolExecutor(workers) as pool:
+        done = list(pool.map(make, pieces, [folder] * len(pieces)))
+    rows = [row for piece in done for row in piece]
+    write_manifest(out / f"{split}.tsv", rows)
+    seconds = sum(float(row["seconds"]) for row in rows)
+    print(f"{split}: {len(rows)} utterances, {seconds / 3600:.2f} h, {len(by_voice)} voices")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--text", type=Path, required=True, help="training sentences, .gz or plain")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--splits", nargs="+", default=["train", "valid", "test"])
+    parser.add_argument("--count", type=int, default=5000, help="training utterances")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    for split in options.splits:
+        if split == "train":
+            opened = gzip.open if options.text.suffix == ".gz" else open
+            with opened(options.text, "rt", encoding="utf-8") as file:
+                jobs = training_jobs(normalised(file), options.count, options.seed)
+        else:
+            lines = normalised((TEXT / f"{split}.txt").read_text().splitlines())
+            jobs = held_out_jobs(split, lines, VALID if split == "valid" else TEST)
+        make_split(jobs, options.out, split, options.workers)
+
+
+if __name__ == "__main__":
+    main()
