@@ -98,8 +98,7 @@ class Tokenizer:
 
         Args:
             lines: every character in them gets an id.
-            vocab_size: ids in all for "unigram"; "char" has as many as there are characters, and
-                this is the most that it may have.
+            vocab_size: ids in all for "unigram", the most that there may be for "char".
             kind: "char" or "unigram" (Kudo 2018, arXiv 1804.10959).
         """
         import sentencepiece
@@ -109,6 +108,9 @@ class Tokenizer:
         kept = [line for line in (line.strip() for line in lines) if line]
         if not kept:
             raise ValueError("lines: expected at least one line that is not empty, got none")
+        needed = 3 + len(set().union(*map(set, kept)) - {" "})  # <s>, <unk> and the space
+        if needed > vocab_size:
+            raise ValueError(f"vocab_size: expected at least {needed}, got {vocab_size}")
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.Train(

@@ -103,10 +103,10 @@ def line_nll(model: nn.Module, ids: Sequence[Sequence[int]], *, batch_tokens: in
                 for row, i in enumerate(some):
                     tokens[row, 1 : len(ids[i]) + 1] = torch.tensor(ids[i], dtype=torch.int64)
                 tokens = tokens.to(device)
-                logits = model(tokens[:, :-1])
-                nll = F.cross_entropy(
-                    logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none"
-                ).view(len(some), width)
+                logits = model(tokens[:, :-1]).flatten(0, 1)
+                wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                nll = F.cross_entropy(wide, tokens[:, 1:].flatten(), reduction="none")
+                nll = nll.view(len(some), width)
                 lengths = torch.tensor([len(ids[i]) + 1 for i in some], device=device)
                 past = torch.arange(width, device=device) >= lengths[:, None]
                 result[some] = nll.masked_fill(past, 0.0).sum(1, dtype=torch.float64).cpu()

@@ -272,9 +272,13 @@ class TransformerLM(nn.Module):
         return self.head(x)
 
     def loss(self, tokens: Tensor) -> Tensor:
-        """Mean -log P(tokens[:, i + 1] | tokens[:, :i + 1]), a scalar; tokens [B, L + 1] int64."""
-        logits = self(tokens[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        """Mean -log P(tokens[:, i + 1] | tokens[:, :i + 1]), a scalar; tokens [B, L + 1] int64.
+
+        The softmax is in float32 or wider.
+        """
+        logits = self(tokens[:, :-1]).flatten(0, 1)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(wide), tokens[:, 1:].flatten())
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache with `capacity` slots, in the weights' dtype and device."""

@@ -35,7 +35,7 @@ def distillation_loss(
             f"teacher_logits: expected shape {tuple(student_logits.shape)}, "
             f"got {tuple(teacher_logits.shape)}"
         )
-    wide = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(student_logits.dtype, torch.float32)
     student = student_logits.flatten(0, -2).to(wide)
     teacher = teacher_logits.detach().flatten(0, -2).to(wide)
     truth = F.cross_entropy(student, targets.flatten())
