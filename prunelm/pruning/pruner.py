@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunelm.data.tokenizer import Tokenizer
-from prunelm.pruning.budget import Ledger, choose, count_parameters, parse_target, smallest
+from prunelm.pruning.budget import Ledger, count_parameters, parse_target, smallest
 from prunelm.pruning.budget import unreachable as unreachable_line
 from prunelm.pruning.calibration import (
     Calibration,
@@ -29,6 +29,7 @@ from prunelm.pruning.methods import Joined
 from prunelm.pruning.recovery import Recovery, Wound
 from prunelm.pruning.result import Result, Round
 from prunelm.pruning.schedulers import OneShot
+from prunelm.pruning.selection import choose
 
 Validate = Callable[[nn.Module], float]
 _REPORT_BATCHES = 8  # for the losses in a report, where the criterion needs no data

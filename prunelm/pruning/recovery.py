@@ -4,9 +4,8 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from prunelm.pruning.calibration import Calibration, is_main_process, wait_for_all
@@ -48,8 +47,8 @@ class Finetune:
         steps: for one target; its rounds share them equally, so that schedules compare at equal
             cost. The learning rate starts anew in each round.
         lr: highest learning rate.
-        distill: weight of the dense model's logits in the loss, 0 to 1; needs a model that maps
-            tokens [B, L] to logits [B, L, V].
+        distill: weight of the dense model's logits in the loss, 0 to 1, where the model maps
+            tokens [B, L] to logits [B, L, V]; other parts of a loss of your own then do not count.
         temperature: of the distillation.
         last: the last round's share of the steps, where there are several; None: an equal share.
     """
@@ -106,11 +105,11 @@ class Finetune:
             checkpoint_every=200 if wound.folder is not None else 0,
         )
 
-        def loss(student: nn.Module, batch: Any) -> Tensor:
-            if not self.distill:
-                return evidence.loss(student, batch)
-            return self._distilled(student, wound.dense, batch)
+        loss = evidence.loss
+        if self.distill:
+            from prunelm.training.distill import distilled_from
 
+            loss = distilled_from(wound.dense, self.distill, self.temperature)
         train(
             model,
             lambda step: data(wound.first_step + step),
@@ -120,19 +119,6 @@ class Finetune:
             masks=masks,
         )
         return steps
-
-    def _distilled(self, student: nn.Module, teacher: nn.Module, batch: Any) -> Tensor:
-        from prunelm.training.distill import distillation_loss
-
-        if not isinstance(batch, Tensor) or batch.dim() != 2:
-            raise ValueError("distill: expected batches of tokens [B, L + 1], got something else")
-        with torch.no_grad():
-            teacher_logits = teacher(batch[:, :-1])
-        logits = student(batch[:, :-1])
-        loss: Tensor = distillation_loss(
-            logits, teacher_logits, batch[:, 1:], alpha=self.distill, temperature=self.temperature
-        )
-        return loss
 
 
 def clear(folder: Path) -> None:
