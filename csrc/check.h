@@ -204,4 +204,56 @@ inline void check_beam_rows(const BeamShape& shape, const Tensor& score,
   }
 }
 
+struct TreeAttentionShape {
+  int64_t R, P, H, D;
+};
+
+inline TreeAttentionShape check_tree_attention(const Tensor& qkv, const Tensor& cos,
+                                               const Tensor& sin, const Tensor& path,
+                                               const Tensor& length, const Tensor& key,
+                                               const Tensor& value) {
+  check_dim("qkv", qkv, 4);
+  check_size("qkv", qkv, 1, 3);
+  check_floating("qkv", qkv);
+  check_dim("path", path, 2);
+  const TreeAttentionShape shape{qkv.size(0), path.size(1), qkv.size(2), qkv.size(3)};
+  if (shape.D < 2 || shape.D % 2) refuse("qkv", "an even head_dim", std::to_string(shape.D));
+  for (const auto& [name, angles] : {std::pair{"cos", &cos}, std::pair{"sin", &sin}}) {
+    check_dim(name, *angles, 2);
+    check_size(name, *angles, 0, shape.R);
+    check_size(name, *angles, 1, shape.D / 2);
+  }
+  for (const auto& [name, cache] : {std::pair{"key", &key}, std::pair{"value", &value}}) {
+    check_dim(name, *cache, 3);
+    check_size(name, *cache, 0, key.size(0));
+    check_size(name, *cache, 1, shape.H);
+    check_size(name, *cache, 2, shape.D);
+  }
+  for (const auto& [name, tensor] : {std::pair{"cos", &cos}, std::pair{"sin", &sin},
+                                     std::pair{"key", &key}, std::pair{"value", &value}}) {
+    check_dtype(name, *tensor, qkv.scalar_type());
+    check_contiguous(name, *tensor);
+  }
+  check_contiguous("qkv", qkv);
+  check_indices("path", path, shape.R, shape.P);
+  check_dim("length", length, 1);
+  check_size("length", length, 0, shape.R);
+  check_dtype("length", length, ScalarType::Long);
+  check_contiguous("length", length);
+  const auto* lengths = static_cast<const int64_t*>(length.data_ptr());
+  const auto* slots = static_cast<const int64_t*>(path.data_ptr());
+  for (int64_t r = 0; r < shape.R; ++r) {
+    if (lengths[r] < 1 || lengths[r] > shape.P) {
+      refuse("length", "1 to " + std::to_string(shape.P), std::to_string(lengths[r]));
+    }
+    for (int64_t p = 0; p < lengths[r]; ++p) {
+      const int64_t slot = slots[r * shape.P + p];
+      if (slot < 0 || slot >= key.size(0)) {
+        refuse("path", "0 to " + std::to_string(key.size(0) - 1), std::to_string(slot));
+      }
+    }
+  }
+  return shape;
+}
+
 }  // namespace prunelm

@@ -15,6 +15,9 @@ STABLE_TORCH_LIBRARY(prunelm, m) {
       "beam_step(Tensor score, Tensor am_logits, Tensor[] rows, Tensor[] row, Tensor[] weight, "
       "Tensor? slot, int[] silent, Tensor? token_reward, float temperature, float blank_penalty, "
       "str prune, bool weigh_blank) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "tree_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor path, Tensor length, "
+      "Tensor(a!) key, Tensor(b!) value) -> Tensor");
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prunelm.ops.tree_attention import tree_attention
+
 
 @dataclass(frozen=True)
 class LayerSizes:
@@ -219,20 +221,13 @@ class Block(nn.Module):
         return self.feed_forward(x)
 
     def step(
-        self, x: Tensor, cos: Tensor, sin: Tensor, path: Tensor, hidden: Tensor, slot: Tensor,
+        self, x: Tensor, cos: Tensor, sin: Tensor, path: Tensor, length: Tensor,
         cache_key: Tensor, cache_value: Tensor,
     ) -> Tensor:  # fmt: skip
-        """`forward` for one new node per row; x [R, dim], hidden [R, P] True past its length."""
+        """`forward` for one new node per row; x [R, dim], cos and sin [R, head_dim / 2]."""
         if self.heads:
-            query, key, value = self.project(x, cos, sin)
-            cache_key[slot] = key.to(cache_key.dtype)
-            cache_value[slot] = value.to(cache_value.dtype)
-            # Products and sums, not batched matmuls, whose kernel would depend on R.
-            score = (query[:, None] * cache_key[path]).sum(
-                -1
-            ) * self.head_dim**-0.5  # [R, P, heads]
-            weight = score.masked_fill(hidden[:, :, None], -torch.inf).softmax(1)
-            mixed = (weight[..., None] * cache_value[path]).sum(1)  # [R, heads, head_dim]
+            qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, self.head_dim))
+            mixed = tree_attention(qkv, cos, sin, path, length, cache_key, cache_value)
             x = x + self.dropout(self.out(mixed.flatten(1)))
         return self.feed_forward(x)
 
@@ -309,11 +304,9 @@ class TransformerLM(nn.Module):
             [R, V].
         """
         x = self.dropout(self.embedding(tokens))
-        cos, sin = rotary_angles(length[:, None] - 1, self.config.head_dim, x.dtype)
-        slot = path.gather(1, length[:, None] - 1)[:, 0]
-        hidden = torch.arange(path.shape[1], device=path.device) >= length[:, None]
+        cos, sin = rotary_angles(length - 1, self.config.head_dim, x.dtype)
         for block, key, value in zip(self.blocks, cache.key, cache.value, strict=True):
-            x = cast(Block, block).step(x, cos, sin, path, hidden, slot, key, value)
+            x = cast(Block, block).step(x, cos, sin, path, length, key, value)
         return self.head(x)
 
 
