@@ -121,7 +121,7 @@ class Tokenizer:
                 hard_vocab_limit=kind != "char",
                 character_coverage=1.0,
                 normalization_rule_name="identity",
-                max_sentence_length=max(len(line.encode()) for line in kept) + 1,
+                max_sentence_length=max(10, *(len(line.encode()) + 1 for line in kept)),
                 bos_id=BOUNDARY,
                 unk_id=UNKNOWN,
                 eos_id=-1,
