@@ -38,7 +38,7 @@ class LowRankLinear(nn.Module):
         self.activation = activation
         self.down = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
         self.up = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
-        self.bias: nn.Parameter | None = None
+        self.bias: nn.Parameter | None
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
         else:
@@ -88,7 +88,7 @@ class BlockSparseLinear(nn.Module):
         self.values = nn.Parameter(weight.values.detach())
         self.register_buffer("crow", weight.crow)
         self.register_buffer("col", weight.col)
-        self.bias: nn.Parameter | None = None
+        self.bias: nn.Parameter | None
         if bias is not None:
             self.bias = nn.Parameter(bias.detach())
         else:
