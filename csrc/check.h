@@ -10,6 +10,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace prunelm {
@@ -254,6 +255,103 @@ inline TreeAttentionShape check_tree_attention(const Tensor& qkv, const Tensor& 
     }
   }
   return shape;
+}
+
+struct BlockSparseShape {
+  int64_t N, K, bn, bk;
+};
+
+inline void check_dtype_of(const char* name, const Tensor& tensor, const char* other_name,
+                           const Tensor& other) {
+  if (tensor.scalar_type() != other.scalar_type()) {
+    refuse(name, std::string(other_name) + "'s " + torch::headeronly::toString(other.scalar_type()),
+           torch::headeronly::toString(tensor.scalar_type()));
+  }
+}
+
+// crow and col as far as their shapes tell; what they hold is checked where it is read.
+inline void check_blocks(const Tensor& crow, const Tensor& col, const BlockSparseShape& s) {
+  if (s.bn < 1 || s.bk < 1) {
+    refuse("values", "blocks of at least 1 x 1",
+           std::to_string(s.bn) + " x " + std::to_string(s.bk));
+  }
+  constexpr int64_t limit = 2147483647;  // indices are int32
+  const int64_t rows = (s.N + s.bn - 1) / s.bn, columns = (s.K + s.bk - 1) / s.bk;
+  if (rows > limit) refuse("weight", "at most 2147483647 rows of blocks", std::to_string(rows));
+  if (columns > limit) {
+    refuse("weight", "at most 2147483647 columns of blocks", std::to_string(columns));
+  }
+  for (const auto& [name, index] : {std::pair{"crow", &crow}, std::pair{"col", &col}}) {
+    check_dim(name, *index, 1);
+    check_dtype(name, *index, ScalarType::Int);
+    check_contiguous(name, *index);
+  }
+  if (col.size(0) > limit) refuse("col", "at most 2147483647 blocks", shape_text(col));
+  check_size("crow", crow, 0, rows + 1);
+}
+
+inline void check_bias(const std::optional<Tensor>& bias, const Tensor& x, const Tensor& weight,
+                       int64_t N) {
+  if (!bias) return;
+  check_dim("bias", *bias, 1);
+  check_size("bias", *bias, 0, N);
+  check_contiguous("bias", *bias);
+  if (bias->scalar_type() != weight.scalar_type()) check_dtype_of("bias", *bias, "x", x);
+}
+
+inline BlockSparseShape check_block_sparse_linear(const Tensor& x, const Tensor& values,
+                                                  const Tensor& crow, const Tensor& col,
+                                                  const std::optional<Tensor>& bias, int64_t N,
+                                                  int64_t activation) {
+  if (x.dim() < 1) refuse("x", "[..., K]", shape_text(x));
+  check_dim("values", values, 3);
+  if (N < 0) refuse("out_features", "at least 0", std::to_string(N));
+  const BlockSparseShape s{N, x.size(x.dim() - 1), values.size(1), values.size(2)};
+  check_blocks(crow, col, s);
+  check_size("col", col, 0, values.size(0));
+  check_bias(bias, x, values, N);
+  if (activation < 0 || activation > 3) refuse("activation", "0 to 3", std::to_string(activation));
+  return s;
+}
+
+inline BlockSparseShape check_block_sparse_grad(const Tensor& grad, const Tensor& values,
+                                                const Tensor& crow, const Tensor& col, int64_t K) {
+  if (grad.dim() < 1) refuse("grad", "[..., N]", shape_text(grad));
+  check_dim("values", values, 3);
+  if (K < 0) refuse("in_features", "at least 0", std::to_string(K));
+  const BlockSparseShape s{grad.size(grad.dim() - 1), K, values.size(1), values.size(2)};
+  check_blocks(crow, col, s);
+  check_size("col", col, 0, values.size(0));
+  return s;
+}
+
+inline BlockSparseShape check_block_sparse_grad_values(const Tensor& grad, const Tensor& x,
+                                                       const Tensor& crow, const Tensor& col,
+                                                       int64_t bn, int64_t bk) {
+  if (grad.dim() < 1) refuse("grad", "[..., N]", shape_text(grad));
+  if (x.dim() != grad.dim()) refuse("x", "as many dimensions as grad", shape_text(x));
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) check_size("x", x, i, grad.size(i));
+  const BlockSparseShape s{grad.size(grad.dim() - 1), x.size(x.dim() - 1), bn, bk};
+  check_blocks(crow, col, s);
+  return s;
+}
+
+struct LowRankShape {
+  int64_t N, K, R;
+};
+
+inline LowRankShape check_low_rank_linear(const Tensor& x, const Tensor& down, const Tensor& up,
+                                          const std::optional<Tensor>& bias, int64_t activation) {
+  if (x.dim() < 1) refuse("x", "[..., K]", shape_text(x));
+  check_dim("down", down, 2);
+  check_dim("up", up, 2);
+  const LowRankShape s{up.size(0), x.size(x.dim() - 1), down.size(0)};
+  check_size("down", down, 1, s.K);
+  check_size("up", up, 1, s.R);
+  check_dtype_of("up", up, "down", down);
+  check_bias(bias, x, up, s.N);
+  if (activation < 0 || activation > 3) refuse("activation", "0 to 3", std::to_string(activation));
+  return s;
 }
 
 }  // namespace prunelm

@@ -9,6 +9,17 @@ namespace py = pybind11;
 
 STABLE_TORCH_LIBRARY(prunelm, m) {
   m.def(
+      "block_sparse_linear(Tensor x, Tensor values, Tensor crow, Tensor col, Tensor? bias, "
+      "int out_features, int activation) -> Tensor");
+  m.def(
+      "block_sparse_linear_grad_x(Tensor grad, Tensor values, Tensor crow, Tensor col, "
+      "int in_features) -> Tensor");
+  m.def(
+      "block_sparse_linear_grad_values(Tensor grad, Tensor x, Tensor crow, Tensor col, int bn, "
+      "int bk) -> Tensor");
+  m.def(
+      "low_rank_linear(Tensor x, Tensor down, Tensor up, Tensor? bias, int activation) -> Tensor");
+  m.def(
       "rnnt_loss(Tensor logits, Tensor targets, Tensor logit_lengths, Tensor target_lengths, "
       "int blank) -> (Tensor, Tensor)");
   m.def(
@@ -20,7 +31,12 @@ STABLE_TORCH_LIBRARY(prunelm, m) {
       "Tensor(a!) key, Tensor(b!) value) -> Tensor");
 }
 
+namespace prunelm {
+void bind_prefix_tree(py::module_& m);
+}
+
 PYBIND11_MODULE(_C, m) {
+  prunelm::bind_prefix_tree(m);
   m.def("build_information", [] {
     py::dict info;
     info["compiler"] = __VERSION__;

@@ -10,7 +10,7 @@ INT32_MAX = 2**31 - 1
 
 @dataclass(frozen=True)
 class BlockSparse:
-    """A weight [N, K] of which only some (bn, bk) blocks are stored, row of blocks by row of blocks.
+    """A weight [N, K] of which only some (bn, bk) blocks are stored, row by row.
 
     It owns nothing and checks nothing: modules keep the tensors and make one of these per call, and
     the ops check what they are given. What a block on the edge holds past N or K is never read.

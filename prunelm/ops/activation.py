@@ -1,5 +1,8 @@
 """The activations that the linear ops apply to their result."""
 
+from typing import cast
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,3 +21,13 @@ def activate(x: Tensor, activation: str | None) -> Tensor:
     """The activation of x in plain torch; gelu is the exact one, x * Phi(x)."""
     code = activation_code(activation)
     return x if code == 0 else (F.relu, F.gelu, F.silu)[code - 1](x)
+
+
+def activation_gradient(grad: Tensor, x: Tensor, code: int) -> Tensor:
+    """grad times the derivative, at x, of the activation with this code."""
+    if code == 0:
+        return grad
+    aten = torch.ops.aten
+    if code == 1:
+        return cast(Tensor, aten.threshold_backward(grad, x, 0))
+    return cast(Tensor, (aten.gelu_backward if code == 2 else aten.silu_backward)(grad, x))

@@ -1,9 +1,14 @@
-"""Linear layer with a block-sparse weight."""
+"""Linear layer with a block-sparse weight: the contract, its reference, its gradient."""
 
+from typing import Any, cast
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunelm.ops.activation import activate
+from prunelm.ops import _library  # noqa: F401  (loads the extension)
+from prunelm.ops.activation import activate, activation_code, activation_gradient
+from prunelm.ops.backend import autocast, choose
 from prunelm.sparse import BlockSparse
 
 
@@ -14,12 +19,109 @@ def block_sparse_linear(
     activation: str | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """activation(x @ weight.T + bias), reading only the stored blocks."""
-    return block_sparse_linear_reference(x, weight, bias, activation)
+    """activation(x @ weight.T + bias), reading only the stored blocks.
+
+    A row's result depends on neither M nor the number of threads, bit for bit on one backend and
+    machine: a sum runs over K in ascending order and starts anew every 512 values of K. Blocks that
+    are not stored are skipped, so that an infinity or NaN in x does not meet their zeros.
+    Sums are float32 (float64 for float64), also for 16-bit dtypes. Gradients flow to x,
+    weight.values and bias; values of a block past N or K get zeros.
+
+    Args:
+        x: [..., K] float32, float64, bfloat16 or float16; any number of rows M, also none.
+        weight: [N, K] blocks of x's dtype; beside float32 rows also bfloat16 or float16.
+        bias: [N], x's dtype or the weight's.
+        activation: None, "relu", "gelu" (exact) or "silu".
+        backend: None (chosen from device and dtypes), "cpu", "cuda", "triton" or "reference". One
+            that is named never falls back.
+
+    Returns:
+        [..., N], x's dtype; under autocast, autocast's.
+
+    Raises:
+        ValueError: activation or backend is unknown, the backend cannot run, or x does not have K
+            columns.
+        RuntimeError: a tensor is not as above; it says which one and what was expected.
+    """
+    code = activation_code(activation)
+    K = weight.shape[1]
+    if x.dim() < 1 or x.shape[-1] != K:
+        raise ValueError(f"x: expected [..., {K}], got {list(x.shape)}")
+    rows, values, bias = autocast(x, weight.values, bias)
+    assert rows is not None and values is not None
+    chosen = choose("block_sparse_linear", rows, {"values": values}, backend)
+    if chosen == "reference":
+        cast_weight = BlockSparse(values, weight.crow, weight.col, weight.shape)
+        return block_sparse_linear_reference(rows, cast_weight, bias, activation)
+    return cast(
+        Tensor,
+        torch.ops.prunelm.block_sparse_linear(
+            rows, values, weight.crow, weight.col, bias, weight.shape[0], code
+        ),
+    )
 
 
 def block_sparse_linear_reference(
     x: Tensor, weight: BlockSparse, bias: Tensor | None = None, activation: str | None = None
 ) -> Tensor:
-    """block_sparse_linear in plain torch."""
+    """block_sparse_linear in plain torch, through the dense weight."""
+    bias = None if bias is None else bias.to(x.dtype)
     return activate(F.linear(x, weight.to_dense().to(x.dtype), bias), activation)
+
+
+@torch.library.register_fake("prunelm::block_sparse_linear")
+def _fake(
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    activation: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.register_fake("prunelm::block_sparse_linear_grad_x")
+def _fake_grad_x(
+    grad: Tensor, values: Tensor, crow: Tensor, col: Tensor, in_features: int
+) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+@torch.library.register_fake("prunelm::block_sparse_linear_grad_values")
+def _fake_grad_values(
+    grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, bn: int, bk: int
+) -> Tensor:
+    return grad.new_empty((col.shape[0], bk, bn)).transpose(1, 2)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, crow, col, bias, ctx.out_features, ctx.activation = inputs
+    ctx.save_for_backward(x, values, crow, col, bias)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, values, crow, col, bias = ctx.saved_tensors
+    op = torch.ops.prunelm
+    if ctx.activation:
+        # Computed again rather than kept: M * N numbers for the whole time between are dearer.
+        before = op.block_sparse_linear(x, values, crow, col, bias, ctx.out_features, 0)
+        grad = activation_gradient(grad, before, ctx.activation)
+    # 16-bit gradients are summed in float32; float64 stays.
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    wide_grad = grad.to(wide)
+    grad_x = grad_values = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = op.block_sparse_linear_grad_x(wide_grad, values.to(wide), crow, col, x.shape[-1])
+        grad_x = grad_x.to(x.dtype)
+    if ctx.needs_input_grad[1]:
+        bn, bk = values.shape[1:]
+        grad_values = op.block_sparse_linear_grad_values(wide_grad, x.to(wide), crow, col, bn, bk)
+        grad_values = grad_values.to(values.dtype)
+    if ctx.needs_input_grad[4]:
+        grad_bias = wide_grad.reshape(-1, wide_grad.shape[-1]).sum(0).to(bias.dtype)
+    return grad_x, grad_values, None, None, grad_bias, None, None
+
+
+torch.library.register_autograd("prunelm::block_sparse_linear", _backward, setup_context=_save)

@@ -1,0 +1,228 @@
+// Block-sparse linear on the CPU; contract in prunelm/ops/block_sparse_linear.py.
+#include "cpu/block_sparse_linear.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <vector>
+
+#include "cpu/instruction_set.h"
+#include "cpu/linear.h"
+#include "cpu/scratch.h"
+
+namespace prunelm {
+namespace {
+
+const BlockSparseLoops& loops() {
+#if defined(__x86_64__)
+  if (instruction_set() == InstructionSet::avx2) return avx2::block_sparse_loops;
+#endif
+  return portable::block_sparse_loops;
+}
+
+// Contents of crow and col; without these checks a damaged file would make the loops read anywhere.
+void check_pattern(const Tensor& crow, const Tensor& col, int64_t block_columns) {
+  const auto* start = static_cast<const int32_t*>(crow.data_ptr());
+  const auto* column = static_cast<const int32_t*>(col.data_ptr());
+  const int64_t rows = crow.size(0) - 1, nnz = col.size(0);
+  bool good = start[0] == 0 && start[rows] == nnz;
+  for (int64_t r = 0; r < rows; ++r) good &= start[r] <= start[r + 1];
+  if (!good) refuse("crow", "0 to nnz, never falling", "something else");
+  for (int64_t r = 0; r < rows; ++r) {
+    if (start[r] == start[r + 1]) continue;
+    good &= column[start[r]] >= 0 && column[start[r + 1] - 1] < block_columns;
+    for (int64_t j = start[r] + 1; j < start[r + 1]; ++j) good &= column[j - 1] < column[j];
+  }
+  if (!good) {
+    refuse("col", "columns in [0, " + std::to_string(block_columns) + "), ascending in each row",
+           "something else");
+  }
+}
+
+Tensor bn_fastest(const Tensor& values) {
+  const Tensor blocks = torch::stable::transpose(values, 1, 2);
+  return blocks.is_contiguous() ? blocks : torch::stable::contiguous(blocks);
+}
+
+BlockSparseView view(const Tensor& blocks, const BlockSparseShape& s, const Tensor& crow,
+                     const Tensor& col) {
+  check_pattern(crow, col, (s.K + s.bk - 1) / s.bk);
+  return {blocks.data_ptr(),
+          number_of("values", blocks),
+          static_cast<const int32_t*>(crow.data_ptr()),
+          static_cast<const int32_t*>(col.data_ptr()),
+          s.N,
+          s.K,
+          s.bn,
+          s.bk};
+}
+
+// run(begin, end) on lines of blocks, threads getting equal shares of the stored blocks. A line's
+// own result counts as one more block, so that empty lines are shared out too.
+template <typename Run>
+void over_lines(const int32_t* start, int64_t count, double multiply_adds_per_block, Run run) {
+  const auto first = [&](int64_t share) {
+    int64_t low = 0, high = count;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (start[middle] + middle < share) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  };
+  torch::stable::parallel_for(0, start[count] + count, grain(multiply_adds_per_block),
+                              [&](int64_t begin, int64_t end) { run(first(begin), first(end)); });
+}
+
+Tensor block_sparse_linear_cpu(const Tensor& x_given, const Tensor& values, const Tensor& crow,
+                               const Tensor& col, const std::optional<Tensor>& bias,
+                               int64_t out_features, int64_t activation) {
+  const BlockSparseShape s =
+      check_block_sparse_linear(x_given, values, crow, col, bias, out_features, activation);
+  const Tensor x = x_given.is_contiguous() ? x_given : torch::stable::contiguous(x_given);
+  Tensor y = torch::stable::new_empty(x, result_shape(x, s.N));
+  if (y.numel() == 0) return y;
+  const Tensor blocks = bn_fastest(values);
+  const BlockSparseView weight = view(blocks, s, crow, col);
+  const int64_t M = y.numel() / s.N;
+  MatrixView rows = matrix_view("x", x, s.K);
+  rows.rows = M;
+  check_weight_dtype("values", weight.number, "x", rows.number, values);
+  const LinearResult result = linear_result(y, M, s.N, bias, activation);
+
+  static thread_local Scratch scratch;
+  const int64_t pass = pass_rows(M, s.K, kPassRows);
+  for (int64_t m = 0; m < M; m += pass) {
+    const int64_t count = std::min(pass, M - m);
+    const MatrixView part = rows_of(rows, m, count);
+    void* const packed =
+        scratch.reserve(loops().pack_size(weight, count) * compute_bytes(weight.number));
+    torch::stable::parallel_for(
+        0, loops().pack_groups(weight, count), grain(64.0 * s.K),
+        [&](int64_t begin, int64_t end) { loops().pack(weight, part, begin, end, packed); });
+    const LinearResult part_of_y = rows_of(result, m, count);
+    over_lines(weight.crow, weight.block_rows(), double(s.bn * s.bk * count),
+               [&](int64_t begin, int64_t end) {
+                 loops().forward(weight, packed, begin, end, part_of_y);
+               });
+  }
+  return y;
+}
+
+// The pattern by columns, by counting: O(nnz), little beside the product that it is for.
+struct Columns {
+  std::vector<int32_t> start, row, place;
+
+  explicit Columns(const BlockSparseView& w)
+      : start(w.block_columns() + 1), row(w.crow[w.block_rows()]), place(row.size()) {
+    for (size_t j = 0; j < row.size(); ++j) ++start[w.col[j] + 1];
+    for (size_t c = 1; c < start.size(); ++c) start[c] += start[c - 1];
+    std::vector<int32_t> next(start.begin(), start.end() - 1);
+    for (int64_t r = 0; r < w.block_rows(); ++r) {
+      for (int32_t j = w.crow[r]; j < w.crow[r + 1]; ++j) {
+        const int32_t at = next[w.col[j]]++;
+        row[at] = int32_t(r);
+        place[at] = j;
+      }
+    }
+  }
+  ColumnsView view() const { return {start.data(), row.data(), place.data()}; }
+};
+
+void check_wide(const char* name, Number number, const Tensor& found) {
+  if (number == Number::f32 || number == Number::f64) return;
+  refuse(name, "float32 or float64", torch::headeronly::toString(found.scalar_type()));
+}
+
+Tensor block_sparse_linear_grad_x_cpu(const Tensor& grad_given, const Tensor& values,
+                                      const Tensor& crow, const Tensor& col, int64_t in_features) {
+  const BlockSparseShape s = check_block_sparse_grad(grad_given, values, crow, col, in_features);
+  const Tensor grad = torch::stable::contiguous(grad_given);
+  Tensor out = torch::stable::new_empty(grad, result_shape(grad, s.K));
+  if (out.numel() == 0) return out;
+  const Tensor blocks = bn_fastest(values);
+  const BlockSparseView weight = view(blocks, s, crow, col);
+  const int64_t M = out.numel() / s.K;
+  MatrixView rows = matrix_view("grad", grad, s.N);
+  rows.rows = M;
+  check_wide("values", weight.number, values);
+  check_dtype("grad", grad, values.scalar_type());
+  const LinearResult result = linear_result(out, M, s.K, std::nullopt, 0);
+  const Columns columns(weight);
+
+  static thread_local Scratch scratch;
+  for (int64_t m = 0; m < M; m += kPassRows) {
+    const int64_t count = std::min(kPassRows, M - m), groups = (count + 15) / 16;
+    const MatrixView part = rows_of(rows, m, count);
+    void* const packed = scratch.reserve(groups * 16 * s.N * compute_bytes(weight.number));
+    torch::stable::parallel_for(0, groups, grain(64.0 * s.N), [&](int64_t begin, int64_t end) {
+      loops().pack_grad(part, begin, end, packed);
+    });
+    const LinearResult part_of_out = rows_of(result, m, count);
+    over_lines(columns.start.data(), weight.block_columns(), double(s.bn * s.bk * count),
+               [&](int64_t begin, int64_t end) {
+                 loops().grad_x(weight, columns.view(), packed, begin, end, part_of_out);
+               });
+  }
+  return out;
+}
+
+// [rows, columns] in rows of `wide` numbers, the rest zero: blocks on the edge read past the
+// matrix.
+void widen_rows(const Tensor& from, int64_t rows, int64_t columns, int64_t wide, char* to) {
+  const int64_t bytes = from.scalar_type() == ScalarType::Double ? 8 : 4;
+  const auto* data = static_cast<const char*>(from.data_ptr());
+  torch::stable::parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      char* const row = to + m * wide * bytes;
+      std::copy_n(data + m * columns * bytes, columns * bytes, row);
+      std::fill_n(row + columns * bytes, (wide - columns) * bytes, char{0});
+    }
+  });
+}
+
+Tensor block_sparse_linear_grad_values_cpu(const Tensor& grad_given, const Tensor& x_given,
+                                           const Tensor& crow, const Tensor& col, int64_t bn,
+                                           int64_t bk) {
+  const BlockSparseShape s = check_block_sparse_grad_values(grad_given, x_given, crow, col, bn, bk);
+  const Tensor grad = torch::stable::contiguous(grad_given);
+  const Tensor x = torch::stable::contiguous(x_given);
+  Tensor blocks = torch::stable::new_zeros(grad, {col.size(0), bk, bn});
+  const int64_t M = s.N ? grad.numel() / s.N : 0;
+  if (blocks.numel() && M) {
+    const BlockSparseView weight = view(blocks, s, crow, col);
+    check_wide("grad", weight.number, grad);
+    check_dtype("x", x, grad.scalar_type());
+    const size_t bytes = compute_bytes(weight.number);
+    const int64_t wide_grad = weight.block_rows() * bn + 16;
+    const int64_t wide_x = weight.block_columns() * bk;
+    static thread_local Scratch scratch;
+    char* const memory = static_cast<char*>(scratch.reserve((wide_grad + wide_x) * M * bytes));
+    char* const x_memory = memory + wide_grad * M * bytes;
+    widen_rows(grad, M, s.N, wide_grad, memory);
+    widen_rows(x, M, s.K, wide_x, x_memory);
+    std::vector<int32_t> row(col.size(0));
+    for (int64_t r = 0; r < weight.block_rows(); ++r) {
+      std::fill(row.begin() + weight.crow[r], row.begin() + weight.crow[r + 1], int32_t(r));
+    }
+    const MatrixView grad_rows{memory, weight.number, M, s.N, wide_grad};
+    const MatrixView x_rows{x_memory, weight.number, M, s.K, wide_x};
+    torch::stable::parallel_for(
+        0, col.size(0), grain(double(bn) * bk * M), [&](int64_t begin, int64_t end) {
+          loops().grad_values(weight, row.data(), grad_rows, x_rows, begin, end, blocks.data_ptr());
+        });
+  }
+  return torch::stable::transpose(blocks, 1, 2);
+}
+
+}  // namespace
+}  // namespace prunelm
+
+STABLE_TORCH_LIBRARY_IMPL(prunelm, CPU, m) {
+  m.impl("block_sparse_linear", TORCH_BOX(&prunelm::block_sparse_linear_cpu));
+  m.impl("block_sparse_linear_grad_x", TORCH_BOX(&prunelm::block_sparse_linear_grad_x_cpu));
+  m.impl("block_sparse_linear_grad_values",
+         TORCH_BOX(&prunelm::block_sparse_linear_grad_values_cpu));
+}

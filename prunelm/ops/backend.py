@@ -1,0 +1,83 @@
+"""Which implementation of a linear op runs, and why the others do not."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("cpu", "cuda", "triton", "reference")  # in the order in which they are preferred
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What would run, why the others would not, and how long each way is predicted to take.
+
+    Attributes:
+        backend: the one that runs.
+        refusals: every reason for which each backend that cannot run cannot.
+        predicted_us: microseconds on one thread, from sizes alone; "dense" is
+            torch.nn.functional.linear on the weight with its zeros.
+    """
+
+    backend: str
+    refusals: Mapping[str, tuple[str, ...]]
+    predicted_us: Mapping[str, float]
+
+    def __str__(self) -> str:
+        lines = [f"{self.backend} runs"]
+        lines += [f"{name} cannot: {'; '.join(why)}" for name, why in self.refusals.items()]
+        lines += [f"predicted: {name} {us:.1f} us" for name, us in self.predicted_us.items()]
+        return "\n".join(lines)
+
+
+def refusals(op: str, x: Tensor, weights: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
+    """All reasons for which a backend cannot run an op on these tensors; {} if all can."""
+    reasons: dict[str, list[str]] = {name: [] for name in BACKENDS}
+    for native in ("cuda", "triton"):
+        reasons[native].append(f"{op} has no {native} kernel in this version")
+    tensors = {"x": x, **weights}
+    for backend, device in (("cpu", "cpu"), ("cuda", "cuda"), ("triton", "cuda")):
+        for name, tensor in tensors.items():
+            if tensor.device.type != device:
+                reasons[backend].append(f"{name}: expected a {device} tensor, got {tensor.device}")
+            if tensor.dtype not in DTYPES:
+                reasons[backend].append(f"{name}: expected a floating dtype, got {tensor.dtype}")
+    for name, tensor in weights.items():
+        if tensor.dtype != x.dtype and not _widens(tensor.dtype, x.dtype):
+            reasons["cpu"].append(
+                f"{name}: expected x's {x.dtype}, or 16 bits beside float32, got {tensor.dtype}"
+            )
+    return {name: tuple(why) for name, why in reasons.items() if why}
+
+
+def _widens(weight: torch.dtype, x: torch.dtype) -> bool:
+    return x == torch.float32 and weight in (torch.bfloat16, torch.float16)
+
+
+def choose(op: str, x: Tensor, weights: Mapping[str, Tensor], backend: str | None) -> str:
+    """The backend that runs: the one asked for, or the first that can.
+
+    Raises:
+        ValueError: the backend asked for is unknown or cannot run; it lists every reason.
+    """
+    if backend is None and x.device.type == "cpu":
+        return "cpu"  # which refuses what it cannot take, by name
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {BACKENDS} or None, got {backend!r}")
+    why = refusals(op, x, weights)
+    if backend is None:
+        return next(name for name in BACKENDS if name not in why)
+    if backend in why:
+        raise ValueError(f"backend: {backend} cannot run {op}: {'; '.join(why[backend])}")
+    return backend
+
+
+def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors as autocast wants them for a matrix product; float64 stays as it is."""
+    tensors = (x, *others)
+    if not torch.is_autocast_enabled(x.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
