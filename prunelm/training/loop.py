@@ -248,7 +248,8 @@ class _Run:
     def one_step(self, batches: Callable[[int], Any]) -> float:
         """One update; returns its loss, the mean over processes."""
         options, parts = self.options, self.options.accumulate
-        torch.manual_seed(((options.seed << 32) + self.step) * 1024 + self.rank)
+        # torch's CPU generator reads the lower 32 bits of a seed only, so they must hold all three.
+        torch.manual_seed(((options.seed * 0x9E3779B1 + self.step) * 1024 + self.rank) % 2**32)
         for group in self.optimizer.param_groups:
             group["lr"] = options.lr_at(self.step)
         self.optimizer.zero_grad(set_to_none=True)
