@@ -1,10 +1,15 @@
 """Modules over the linear ops, and `accelerate`, which puts them where they win."""
 
+import copy
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from prunelm import ops
 from prunelm.ops.activation import activation_code
+from prunelm.ops.break_even import block_sparse_us, dense_us, low_rank_us
 from prunelm.sparse import BlockSparse
 
 
@@ -94,6 +99,14 @@ class BlockSparseLinear(nn.Module):
         else:
             self.register_parameter("bias", None)
 
+    @staticmethod
+    def from_linear(
+        linear: nn.Linear, block: tuple[int, int], mask: Tensor | None = None
+    ) -> "BlockSparseLinear":
+        """A copy of a linear; block and mask as for `BlockSparse.from_dense`."""
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        return BlockSparseLinear(BlockSparse.from_dense(linear.weight.detach(), block, mask), bias)
+
     @property
     def weight(self) -> BlockSparse:
         """A view on the module's tensors."""
@@ -103,3 +116,138 @@ class BlockSparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
         return ops.block_sparse_linear(x, self.weight, self.bias, self.activation)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Adopt the file's number of blocks; all else must fit, as in any module."""
+        found = state_dict.get(prefix + "values")
+        col = state_dict.get(prefix + "col")
+        bn, bk = self.values.shape[1:]
+        if found is not None and col is not None and found.shape[1:] == (bn, bk):
+            nnz = found.shape[0]
+            if col.shape == (nnz,) and nnz != self.values.shape[0]:
+                # .data, so that an optimizer's reference to the parameter stays good.
+                self.values.data = self.values.new_empty(nnz, bk, bn).transpose(1, 2)
+                self.col = self.col.new_empty(nnz)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """Sizes, as nn.Linear shows its own."""
+        bn, bk = self.values.shape[1:]
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"block=({bn}, {bk}), sparsity={self.weight.sparsity:.3f}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+# Blocks that `accelerate` looks for. The kernels read 16 outputs at a time, so that lower blocks
+# gain nothing; taller ones save indices.
+BLOCKS = ((16, 1), (16, 4), (16, 16), (32, 32), (64, 64), (128, 128))
+
+
+def accelerate(
+    model: nn.Module, rows: Sequence[int] = (1, 8, 64), dense: bool | None = None
+) -> nn.Module:
+    """A copy of the model in eval mode, with linears replaced where that is predicted to be faster.
+
+    Zero blocks are found in the weights themselves: an nn.Linear with enough of them becomes a
+    `BlockSparseLinear`, with the block of `BLOCKS` that promises most; a `LowRankLinear` whose
+    factors cost more than their product becomes that product. Predictions are for CPU and one
+    thread; what lies elsewhere is copied as it is. The copy is for inference: its parameters need
+    no gradient, and its state dict is not the model's.
+
+    Dense linears go through the same op, as one block per 16 outputs, unless that is predicted to
+    be slower. With all linears there, a row's result does not depend on how many rows are computed
+    with it, bit for bit, which torch's own linear does not promise.
+
+    Args:
+        model: any module; nn.Linear and LowRankLinear in it are looked at, subclasses are not.
+        rows: the numbers of rows M to be fast for; what wins must win for each.
+        dense: True sends every dense linear through the op, False none, None those that do not lose
+            more than 3 %.
+
+    Raises:
+        ValueError: rows is empty or holds a number below 1.
+    """
+    if not rows or min(rows) < 1:
+        raise ValueError(f"rows: expected numbers of at least 1, got {list(rows)}")
+    fast = copy.deepcopy(model).eval().requires_grad_(False)
+    for name, module in list(fast.named_modules()):
+        new = _accelerated(module, rows, dense)
+        if new is module:
+            continue
+        if not name:
+            return new
+        parent, _, own = name.rpartition(".")
+        setattr(fast.get_submodule(parent), own, new)
+    return fast
+
+
+def _accelerated(module: nn.Module, rows: Sequence[int], dense: bool | None) -> nn.Module:
+    """What stands for one module in the accelerated copy; the module itself where nothing wins."""
+    if type(module) is LowRankLinear and module.down.device.type == "cpu":
+        N, K, R = module.out_features, module.in_features, module.rank
+        factored = [low_rank_us(M, N, K, R, module.down.dtype) for M in rows]
+        merged = [block_sparse_us(M, -(-N // 16), (16, K), module.down.dtype) for M in rows]
+        if not all(us < other for us, other in zip(merged, factored, strict=True)):
+            return module
+        product = nn.Linear(K, N, device="meta", bias=False)
+        product.weight = nn.Parameter(
+            (module.up.double() @ module.down.double()).to(module.up.dtype), requires_grad=False
+        )
+        product.bias = module.bias  # type: ignore[assignment]
+        new = BlockSparseLinear.from_linear(product, (16, K), _all_blocks(N))
+        new.activation = module.activation
+        return new.eval().requires_grad_(False)
+    if type(module) is not nn.Linear or module.weight.device.type != "cpu":
+        return module
+    mask: Tensor | None
+    block, mask = _best_block(module, rows), None
+    if block is None:
+        block, mask = (16, module.in_features), _all_blocks(module.out_features)
+        if dense is False or (
+            dense is None and not _wins(module, len(mask), block, rows, 1 / 0.97)
+        ):
+            return module
+    return BlockSparseLinear.from_linear(module, block, mask).eval().requires_grad_(False)
+
+
+def _all_blocks(N: int) -> Tensor:
+    return torch.ones(-(-N // 16), 1, dtype=torch.bool)
+
+
+def _best_block(linear: nn.Linear, rows: Sequence[int]) -> tuple[int, int] | None:
+    """The block of BLOCKS with the least predicted time, if it beats dense for every M."""
+    weight = linear.weight.detach()
+    best, best_us = None, float("inf")
+    for block in BLOCKS:
+        nnz = _stored_blocks(weight, block)
+        own = sum(block_sparse_us(M, nnz, block, weight.dtype) for M in rows)
+        packed = sum(_dense_blocks_us(linear, M) for M in rows)
+        if own < min(best_us, packed) and _wins(linear, nnz, block, rows, 1.0):
+            best, best_us = block, own
+    return best
+
+
+def _dense_blocks_us(linear: nn.Linear, M: int) -> float:
+    blocks = -(-linear.out_features // 16)
+    return block_sparse_us(M, blocks, (16, linear.in_features), linear.weight.dtype)
+
+
+def _wins(
+    linear: nn.Linear, nnz: int, block: tuple[int, int], rows: Sequence[int], slack: float
+) -> bool:
+    """Whether nnz blocks take at most `slack` times as long as dense, as predicted, for each M."""
+    N, K, dtype = linear.out_features, linear.in_features, linear.weight.dtype
+    return all(
+        block_sparse_us(M, nnz, block, dtype) <= slack * dense_us(M, N, K, dtype) for M in rows
+    )
+
+
+def _stored_blocks(weight: Tensor, block: tuple[int, int]) -> int:
+    """How many blocks of the weight [N, K] are not all zero."""
+    (N, K), (bn, bk) = weight.shape, block
+    nonzero = nn.functional.pad(weight != 0, (0, -K % bk, 0, -N % bn))
+    return int(nonzero.view(-(-N // bn), bn, -(-K // bk), bk).any(3).any(1).sum())
