@@ -152,13 +152,13 @@ def test_a_row_hardly_depends_on_the_others() -> None:
 
 def test_a_cache_moves_with_its_slots() -> None:
     model = noisy(TINY)
-    line = torch.randint(29, (5,))
-    path, length = torch.arange(5).repeat(5, 1), torch.arange(1, 6)
-    cache = model.new_cache(5)
-    model.step(line[:4], path[:4], length[:4], cache)
-    moved = cache.select(torch.tensor([3, 1, 0, 2]), capacity=9)
+    line, other = torch.randint(29, (2, 5))
+    cache = model.new_cache(10)
+    model.step(line, torch.arange(5).repeat(5, 1), torch.arange(1, 6), cache)
+    model.step(other, 5 + torch.arange(5).repeat(5, 1), torch.arange(1, 6), cache)
+    moved = cache.select(torch.tensor([3, 1, 0, 7, 2]), capacity=9)
     assert moved.capacity == 9
-    logits = model.step(line[4:], torch.tensor([[2, 1, 3, 0, 7]]), length[4:], moved)
+    logits = model.step(line[4:], torch.tensor([[2, 1, 4, 0, 7]]), torch.tensor([5]), moved)
     assert (logits[0] - model(line[None])[0, -1]).abs().max() <= 1e-10
     with pytest.raises(ValueError, match="capacity: expected at least 4, got 3"):
         cache.select(torch.arange(4), capacity=3)

@@ -172,8 +172,9 @@ def test_accumulated_batches_are_one_big_batch() -> None:
         return torch.cat([batches(2 * step), batches(2 * step + 1)])
 
     big, small = fresh(0.0), fresh(0.0)
-    train(big, joint, loss, TrainOptions(steps=6, lr=1e-3, warmup=1))
-    train(small, batches, loss, TrainOptions(steps=6, lr=1e-3, warmup=1, accumulate=2))
+    whole = train(big, joint, loss, TrainOptions(steps=6, lr=1e-3, warmup=1))
+    parts = train(small, batches, loss, TrainOptions(steps=6, lr=1e-3, warmup=1, accumulate=2))
+    assert parts.losses == pytest.approx(whole.losses, abs=1e-5)
     for p, q in zip(big.parameters(), small.parameters(), strict=True):
         assert (p - q).abs().max() <= 1e-5
 
