@@ -248,11 +248,24 @@ class Transducer(nn.Module):
         predicted: Tensor = self.predictor(F.pad(targets, (start, 0), value=BLANK))
         return predicted
 
+    def project_encoded(self, encoded: Tensor) -> Tensor:
+        """The encoder's half of `join`: [..., D] -> [..., J]; a search computes it once."""
+        projected: Tensor = self.join_encoded(encoded)
+        return projected
+
+    def project_predicted(self, predicted: Tensor) -> Tensor:
+        """The predictor's half of `join`: [..., P] -> [..., J]; once for each prefix."""
+        projected: Tensor = self.join_predicted(predicted)
+        return projected
+
+    def join_projected(self, encoded: Tensor, predicted: Tensor) -> Tensor:
+        """The rest of `join`: two halves [..., J] -> logits [..., V]; leading sizes broadcast."""
+        logits: Tensor = self.join_out(torch.tanh(encoded + predicted))
+        return logits
+
     def join(self, encoded: Tensor, predicted: Tensor) -> Tensor:
         """encoded [..., D], predicted [..., P] -> logits [..., V]; leading sizes broadcast."""
-        joined = self.join_encoded(encoded) + self.join_predicted(predicted)
-        logits: Tensor = self.join_out(torch.tanh(joined))
-        return logits
+        return self.join_projected(self.project_encoded(encoded), self.project_predicted(predicted))
 
     def loss(
         self, features: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor
