@@ -23,6 +23,7 @@ from prunelm import (
     Pruner,
     Random,
     Taylor,
+    accelerate,
     count_parameters,
     load_result,
 )
@@ -369,6 +370,15 @@ def test_results_can_be_copied_and_compiled(name: str) -> None:
     compiled = torch.compile(result.model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         assert float((compiled(tokens) - result.model(tokens)).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["ranks", "blocks"])
+def test_accelerate_takes_results_as_they_are(name: str) -> None:
+    result = pruner(METHODS[name], recovery=None).run(lm(), "40%", data)
+    tokens = data(0)[:, :-1]
+    with torch.no_grad():
+        fast = accelerate(result.model)
+        assert float((fast(tokens) - result.model(tokens)).abs().max()) <= 1e-4
 
 
 def _work(rank: int, folder: str) -> None:
