@@ -10,15 +10,15 @@ import csv
 import gzip
 import os
 import random
-import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import soundfile
+from make_text import normalised
 from voices import RATE, Audio, Line, Voice, resample, speak
 
 TEXT = Path(__file__).parents[2] / "prunelm" / "demo"
@@ -64,12 +64,6 @@ class Job:
     snr_db: float | None = None
     tilt_db: float = 0.0
     peak: float = 0.5
-
-
-def normalised(lines: Iterable[str]) -> list[str]:
-    """Lines of lower-case letters and apostrophes; those with anything else are dropped."""
-    stripped = (" ".join(line.lower().split()) for line in lines)
-    return [line for line in stripped if re.fullmatch(r"[a-z']+( [a-z']+)*", line)]
 
 
 def training_jobs(lines: Sequence[str], count: int, seed: int) -> list[Job]:
