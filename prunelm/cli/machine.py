@@ -1,0 +1,31 @@
+"""`prunelm env`."""
+
+from json import dumps
+from typing import Any
+
+
+def env(json: bool = False) -> None:
+    """Shows versions, instruction sets, devices, and what was built.
+
+    Args:
+        json: print JSON.
+    """
+    from prunelm.study.machine import describe, version_of
+
+    found: dict[str, Any] = describe()
+    try:
+        from prunelm import _C
+    except ImportError as error:
+        found["extension"] = f"not loaded: {error}"
+    else:
+        for name, value in _C.build_information().items():
+            found[f"built with {name}" if name != "instruction_set" else name] = value
+    for package in ("triton", "sentencepiece", "kaldialign", "kaldi-native-fbank", "jsonargparse"):
+        found[package] = version_of(package)
+    if json:
+        print(dumps(found, indent=1, default=str))
+        return
+    width = max(map(len, found)) + 2
+    for name, value in found.items():
+        shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        print(f"{name.replace('_', ' '):{width}}{shown}")

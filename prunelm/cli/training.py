@@ -1,0 +1,190 @@
+"""`prunelm train lm` and `prunelm train recogniser`."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from prunelm.cli.pruning import set_threads
+from prunelm.data.speech import load_corpus
+from prunelm.data.speech_batches import Augmentation, SpeechBatch, SpeechBatches
+from prunelm.data.text import TokenBatches, read_lines
+from prunelm.data.tokenizer import Tokenizer
+from prunelm.metrics.perplexity import perplexity
+from prunelm.metrics.wer import word_error_rate
+from prunelm.models.lm import LayerSizes, LMConfig, TransformerLM
+from prunelm.models.transducer import Transducer, TransducerConfig
+from prunelm.study.recognition import Searching, encode, transcribe
+from prunelm.study.testbed import token_ids
+from prunelm.training.loop import TrainOptions, train
+
+LM_OPTIONS = TrainOptions(steps=5000, lr=1e-3, validate_every=500, checkpoint_every=500)
+RECOGNISER_OPTIONS = TrainOptions(
+    steps=5000, lr=1e-3, warmup=500, validate_every=500, checkpoint_every=250
+)
+AUGMENTATION = Augmentation()
+
+
+def train_lm(
+    text: Path,
+    out: Path,
+    valid: Path | None = None,
+    tokenizer: Path | None = None,
+    preset: Literal["small", "paper-20m", "tiny"] = "small",
+    dropout: float = 0.0,
+    vocab_size: int = 500,
+    units: Literal["unigram", "char"] = "unigram",
+    batch: int = 32,
+    length: int = 128,
+    options: TrainOptions = LM_OPTIONS,
+    threads: int | None = None,
+) -> None:
+    """Trains a language model on lines of text; under torchrun on several processes.
+
+    Args:
+        text: one sentence a line, plain or .gz.
+        out: folder for the model; a stopped run goes on in it.
+        valid: lines to choose the best weights by.
+        tokenizer: a tokenizer.model, such as a recogniser's, whose tokens fusion needs; by
+            default one is made from the text.
+        preset: the model's size.
+        dropout: fraction of activations.
+        vocab_size: of a new tokenizer.
+        units: of a new tokenizer.
+        batch: rows of tokens in a batch, on each process.
+        length: tokens in a row.
+        options: how long and how fast.
+        threads: of torch; by default its own choice.
+    """
+    set_threads(threads)
+    pieces = chosen_tokenizer(lambda: read_lines(text), out, tokenizer, vocab_size, units)
+    torch.manual_seed(options.seed)
+    model = TransformerLM(LMConfig.preset(preset, pieces.vocab_size, dropout))
+    path = token_ids(text, pieces, out / "work")
+    rank, world = place()
+    batches = TokenBatches(path, pieces, batch, length, options.seed, rank, world)
+    lines = read_lines(valid) if valid is not None else []
+    history = train(
+        model,
+        batches,
+        lambda lm, rows: lm.loss(rows),  # type: ignore[operator]
+        options,
+        folder=out,
+        validate=(lambda lm: perplexity(lm, lines, pieces).per_word) if lines else None,
+        tokenizer=pieces,
+        describe=f"{preset}, {model.config.parameter_count:,} parameters",
+    )
+    if rank == 0:
+        best = f", best perplexity per word {history.best:.2f}" if lines else ""
+        print(f"{out}: {options.steps} steps in {history.seconds:.0f} s{best}")
+
+
+def train_recogniser(
+    corpus: Path,
+    out: Path,
+    kind: Literal["manifest", "librispeech", "an4", "ljspeech"] = "manifest",
+    split: str = "train",
+    valid_split: str = "",
+    tokenizer: Path | None = None,
+    vocab_size: int = 40,
+    units: Literal["unigram", "char"] = "char",
+    encoder: Literal["conformer", "transformer"] = "conformer",
+    layers: int = 6,
+    dim: int = 144,
+    heads: int = 4,
+    ff: int = 576,
+    dropout: float = 0.1,
+    seconds: float = 48.0,
+    augmentation: Augmentation = AUGMENTATION,
+    options: TrainOptions = RECOGNISER_OPTIONS,
+    threads: int | None = None,
+) -> None:
+    """Trains a transducer on a corpus of speech; under torchrun on several processes.
+
+    Args:
+        corpus: the corpus's own folder, or a manifest.
+        out: folder for the model; a stopped run goes on in it.
+        kind: the corpus's layout.
+        split: to train on.
+        valid_split: to choose the best weights by, with greedy search; none by default.
+        tokenizer: a tokenizer.model, such as a language model's, whose tokens fusion needs; by
+            default one is made from the transcripts.
+        vocab_size: of a new tokenizer, at most.
+        units: of a new tokenizer.
+        encoder: its kind of blocks.
+        layers: blocks of the encoder.
+        dim: its width.
+        heads: attention heads of a block.
+        ff: feed-forward width of a block.
+        dropout: fraction of activations.
+        seconds: audio in a batch, on each process.
+        augmentation: what is done to training features.
+        options: how long and how fast.
+        threads: of torch; by default its own choice.
+    """
+    set_threads(threads)
+    utterances = load_corpus(kind, corpus, split)
+    valid = load_corpus(kind, corpus, valid_split) if valid_split else []
+    texts = [utterance.text for utterance in utterances]
+    pieces = chosen_tokenizer(lambda: texts, out, tokenizer, vocab_size, units)
+    if dim % heads:
+        raise ValueError(f"heads: expected a divisor of the width {dim}, got {heads}")
+    config = TransducerConfig(
+        vocab_size=pieces.vocab_size, layers=(LayerSizes(heads, ff),) * layers, dim=dim,
+        head_dim=dim // heads, encoder=encoder, dropout=dropout,
+    )  # fmt: skip
+    torch.manual_seed(options.seed)
+    model = Transducer(config)
+    rank, world = place()
+    batches = SpeechBatches(
+        utterances, pieces, seconds=seconds, augmentation=augmentation, seed=options.seed,
+        rank=rank, world=world,
+    )  # fmt: skip
+
+    def greedy_wer(recogniser: nn.Module) -> float:
+        assert isinstance(recogniser, Transducer)
+        heard = transcribe(recogniser, pieces, encode(recogniser, valid), how=Searching(beam=0))
+        return word_error_rate([u.text for u in valid], [heard[u.id] for u in valid]).rate
+
+    history = train(
+        model, batches, transducer_loss, options,
+        folder=out, validate=greedy_wer if valid else None, tokenizer=pieces,
+        describe=f"{sum(p.numel() for p in model.parameters()):,} parameters",
+    )  # fmt: skip
+    if rank == 0:
+        best = f", best WER {100 * history.best:.2f} %" if valid else ""
+        print(f"{out}: {options.steps} steps in {history.seconds:.0f} s{best}")
+
+
+def transducer_loss(model: nn.Module, batch: SpeechBatch) -> Tensor:
+    """The recogniser's own loss of a batch."""
+    loss: Tensor = model.loss(  # type: ignore[operator]
+        batch.features, batch.lengths, batch.targets, batch.target_lengths
+    )
+    return loss
+
+
+def place() -> tuple[int, int]:
+    """This process's number and how many there are, as torchrun says."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def chosen_tokenizer(
+    lines: Callable[[], Sequence[str]],
+    out: Path,
+    tokenizer: Path | None,
+    vocab_size: int,
+    units: Literal["unigram", "char"],
+) -> Tokenizer:
+    """The tokenizer that was named, that a stopped run left, or a new one of the lines."""
+    if tokenizer is not None:
+        return Tokenizer.load(tokenizer / "tokenizer.model" if tokenizer.is_dir() else tokenizer)
+    left = out / "work" / "tokenizer.model"
+    if left.is_file():
+        return Tokenizer.load(left)
+    made = Tokenizer.train(lines(), vocab_size, units)
+    made.save(left)
+    return made
