@@ -1,0 +1,149 @@
+"""What models are tried on: an LM, a recogniser, speech to recognise, text to judge and heal by.
+
+A folder of one's own is laid out like the shipped `prunelm/demo`:
+
+    lm/             a language model, as `prunelm train lm` leaves it
+    recogniser/     a recogniser of the same vocabulary
+    test.tsv        id, path, text of the utterances to recognise; paths from the folder
+    test.txt        sentences for perplexity; without it, the texts of test.tsv
+    valid.txt       sentences to choose by
+    valid.tsv       utterances to choose the LM's weight by (may be missing)
+    recovery.txt    sentences to heal with; each text may be a .gz
+
+Without recogniser/ and test.tsv only text is judged, and there are no word error rates.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prunelm.data.speech import Utterance, load_corpus
+from prunelm.data.text import TokenBatches, read_lines, write_token_ids
+from prunelm.data.tokenizer import Tokenizer
+from prunelm.models.lm import TransformerLM
+from prunelm.models.transducer import Transducer
+from prunelm.training.checkpoint import load_model
+
+
+@dataclass(frozen=True)
+class TestBed:
+    """Models and data; `recogniser` and `test` are None and empty where only text is judged.
+
+    Args:
+        facts: what a report says of them.
+    """
+
+    lm: TransformerLM
+    tokenizer: Tokenizer
+    recogniser: Transducer | None
+    test: tuple[Utterance, ...]
+    valid: tuple[Utterance, ...]
+    test_lines: tuple[str, ...]
+    valid_lines: tuple[str, ...]
+    recovery: Path
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def batches(self, folder: Path, *, batch: int, length: int, seed: int) -> TokenBatches:
+        """The recovery text as batches; its token ids are kept in `folder`."""
+        return text_batches(
+            self.recovery, self.tokenizer, folder, batch=batch, length=length, seed=seed
+        )
+
+
+def open_testbed(
+    folder: Path | str,
+    *,
+    lm: Path | None = None,
+    recogniser: Path | None = None,
+    corpus: Path | None = None,
+    text: Path | None = None,
+) -> TestBed:
+    """Opens a folder laid out as above; parts named on their own take their places in it.
+
+    Args:
+        lm: folder of a language model.
+        recogniser: folder of a recogniser.
+        corpus: manifest of the utterances to recognise.
+        text: sentences to heal with.
+
+    Raises:
+        FileNotFoundError: a part is missing; says which.
+        ValueError: the models' vocabularies differ, or a file is cut short.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"data: expected a folder, got {folder}")
+    knowing, hearing = lm or folder / "lm", recogniser or folder / "recogniser"
+    manifest = corpus or folder / "test.tsv"
+    model, tokenizer, info = load_lm(knowing)
+    facts = {"language_model": f"{_last_two(knowing)} (weights {info['weights']})"}
+    listener: Transducer | None = None
+    test: list[Utterance] = []
+    valid: list[Utterance] = []
+    if hearing.exists() or manifest.exists():
+        listener, info = _load_recogniser(hearing, tokenizer)
+        facts["recogniser"] = f"{_last_two(hearing)} (weights {info['weights']})"
+        test = load_corpus("manifest", manifest, manifest.stem)
+        words = sum(len(utterance.text.split()) for utterance in test)
+        facts["test_speech"] = f"{len(test)} utterances, {words:,} words ({_digest(manifest)})"
+        if (folder / "valid.tsv").is_file():
+            valid = load_corpus("manifest", folder, "valid")
+    own_lines = corpus is None and _text(folder, "test").is_file()
+    lines = [u.text for u in test] if test and not own_lines else read_lines(_text(folder, "test"))
+    facts["test_text"] = f"{len(lines):,} sentences, {sum(len(x.split()) for x in lines):,} words"
+    recovery = text or _text(folder, "recovery")
+    if not recovery.is_file():
+        raise FileNotFoundError(f"recovery text: expected a file, got {recovery}")
+    facts["recovery_text"] = f"{recovery.name} ({_digest(recovery)})"
+    return TestBed(
+        model, tokenizer, listener, tuple(test), tuple(valid), tuple(lines),
+        tuple(read_lines(_text(folder, "valid"))), recovery, facts,
+    )  # fmt: skip
+
+
+def load_lm(folder: Path | str) -> tuple[TransformerLM, Tokenizer, dict[str, Any]]:
+    """`training.checkpoint.load_model` of a language model."""
+    model, tokenizer, info = load_model(folder, kind="lm")
+    if not isinstance(model, TransformerLM):
+        raise ValueError(f"{folder}: expected a language model, got {type(model).__name__}")
+    return model, tokenizer, info
+
+
+def _load_recogniser(folder: Path, tokenizer: Tokenizer) -> tuple[Transducer, dict[str, Any]]:
+    model, _, info = load_model(folder, kind="transducer", tokenizer=tokenizer)
+    if not isinstance(model, Transducer):
+        raise ValueError(f"{folder}: expected a recogniser, got {type(model).__name__}")
+    return model, info
+
+
+def text_batches(
+    text: Path, tokenizer: Tokenizer, folder: Path | str, *, batch: int, length: int, seed: int
+) -> TokenBatches:
+    """Random rows of a text, whose token ids are written to `folder` unless they are there."""
+    return TokenBatches(token_ids(text, tokenizer, folder), tokenizer, batch, length, seed)
+
+
+def token_ids(text: Path, tokenizer: Tokenizer, folder: Path | str) -> Path:
+    """The file in `folder` that holds a text's token ids, written unless it is there."""
+    if not text.is_file():
+        raise FileNotFoundError(f"text: expected a file, got {text}")
+    path = Path(folder) / f"{text.name.split('.')[0]}-{tokenizer.fingerprint}-{_digest(text)}.bin"
+    if not path.with_suffix(".json").is_file():
+        write_token_ids(read_lines(text), tokenizer, path)
+    return path
+
+
+def _text(folder: Path, name: str) -> Path:
+    packed = folder / f"{name}.txt.gz"
+    return packed if packed.is_file() else folder / f"{name}.txt"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+
+def _last_two(folder: Path) -> str:
+    return "/".join(folder.resolve().parts[-2:])
