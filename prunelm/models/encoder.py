@@ -56,7 +56,8 @@ class Subsampling(nn.Module):
             # Padding is cleared again, since a bias has filled it.
             x = x * inside(lengths, x.shape[2])[:, None, :, None]
         x = x.transpose(1, 2).flatten(2)
-        return self.dropout(self.out(x)), lengths
+        # float32 under autocast too: what the blocks add is small against the sum.
+        return self.dropout(self.out(x).to(features.dtype)), lengths
 
 
 class Block(nn.Module):

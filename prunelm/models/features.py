@@ -7,9 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SHIFT_MS = 10
-"""Milliseconds from one feature frame to the next."""
-
 
 @dataclass(frozen=True)
 class LogMel:
@@ -98,7 +95,7 @@ def _spans(
 ) -> Tensor:
     """[B, size] bool: the union of `count` random spans of at most limit [B] inside length [B]."""
     chance = torch.rand(2, len(limit), count, generator=generator)
-    width = (chance[0] * (limit[:, None] + 1)).floor()
+    width = (chance[0] * (limit[:, None].floor() + 1)).floor()
     begin = (chance[1] * (length[:, None] - width + 1).clamp_min(1)).floor()
     place = torch.arange(size)
     inside = (place >= begin[..., None]) & (place < (begin + width)[..., None])
