@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from prunelm.decoding.prefix_tree import NewRows
+from prunelm.decoding.row_independent import row_independent
 
 
 class SteppedLM(Protocol):
@@ -70,6 +71,7 @@ class LMRows:
 
     def __init__(self, fusion: Fusion, vocabulary: int) -> None:
         self.fusion = fusion
+        self.lm = row_independent(fusion.lm)
         self.vocabulary = vocabulary
         self.capacity = 0
         self.computed = 0
@@ -82,7 +84,7 @@ class LMRows:
             return
         if capacity > self.capacity:
             self._grow(max(256, 2 * capacity))
-        logits = self.fusion.lm.step(new.tokens, new.path, new.length, self.cache)
+        logits = self.lm.step(new.tokens, new.path, new.length, self.cache)
         if logits.shape[-1] != self.vocabulary:
             raise ValueError(
                 f"fusion {self.fusion.name!r}: expected a model of {self.vocabulary} tokens like "
@@ -96,7 +98,7 @@ class LMRows:
 
     def _grow(self, capacity: int) -> None:
         if self.cache is None:
-            self.cache = self.fusion.lm.new_cache(capacity)
+            self.cache = self.lm.new_cache(capacity)
         else:
             self.cache = self.cache.select(torch.arange(self.capacity), capacity)
         self.rows = torch.cat(

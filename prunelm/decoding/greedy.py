@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from prunelm.decoding.row_independent import row_independent
 from prunelm.decoding.search import (
     BLANK,
     Hypothesis,
@@ -62,10 +63,10 @@ class _Greedy:
         temperature: float,
         blank_penalty: float,
     ) -> None:
-        self.model, self.silent = model, list(silent)
+        self.model, self.silent = row_independent(model), list(silent)
         self.temperature, self.blank_penalty = temperature, blank_penalty
         self.lengths = lengths.to(encoded.device)
-        self.frames = model.project_encoded(encoded)
+        self.frames = self.model.project_encoded(encoded)
         self.tokens: list[list[int]] = [[] for _ in range(len(encoded))]
         self.times: list[list[int]] = [[] for _ in range(len(encoded))]
         self.confidence: list[list[float]] = [[] for _ in range(len(encoded))]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from prunelm.decoding.fusion import Fusion, LMRows, check_names
 from prunelm.decoding.prefix_tree import NewRows, PrefixTree
+from prunelm.decoding.row_independent import row_independent
 from prunelm.ops.beam_step import BeamStep, Prune, Term, beam_step
 
 BLANK = 0
@@ -101,9 +102,8 @@ def mbs(
     on the prefix tree: with `prune="after"` only for prefixes that are extended, else for all that
     survive the merging.
 
-    Given the encoder's outputs, an utterance's result does not depend on its batch: bit for bit
-    where the models' linears do not depend on the number of rows, as after `prunelm.accelerate`;
-    torch's own linears do, and leave differences of rounding.
+    Given the encoder's outputs, an utterance's result does not depend on its batch, bit for bit (on
+    the CPU): see `row_independent`.
 
     Args:
         model: the recogniser; runs in eval mode.
@@ -162,6 +162,7 @@ class _Search:
         fusions: Sequence[Fusion],
         options: _Options,
     ) -> None:
+        model = row_independent(model)
         self.model, self.options, self.order = model, options, order
         self.lengths: list[int] = lengths.tolist()
         self.device = encoded.device

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prunelm.ops.block_sparse_linear import block_sparse_linear
 from prunelm.ops.tree_attention import tree_attention
+from prunelm.sparse import BlockSparse
 
 
 @dataclass(frozen=True)
@@ -132,10 +134,15 @@ class LMConfig:
 
 @dataclass(frozen=True)
 class KVCache:
-    """Keys (rotated) and values of tree nodes, [capacity, heads, head_dim] per block."""
+    """Keys (rotated) and values of tree nodes, [capacity, heads, head_dim] per block.
+
+    `head` is the output weight in the layout of `ops.block_sparse_linear`, whose rows do not depend
+    on their number; None where that op does not run.
+    """
 
     key: tuple[Tensor, ...]
     value: tuple[Tensor, ...]
+    head: BlockSparse | None = None
 
     @property
     def capacity(self) -> int:
@@ -156,7 +163,7 @@ class KVCache:
         def move(x: Tensor) -> Tensor:
             return F.pad(x.index_select(0, slots), (0, 0, 0, 0, 0, extra))
 
-        return KVCache(tuple(map(move, self.key)), tuple(map(move, self.value)))
+        return KVCache(tuple(map(move, self.key)), tuple(map(move, self.value)), self.head)
 
 
 def rotary_angles(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -285,7 +292,12 @@ class TransformerLM(nn.Module):
                 for sizes in self.config.layers
             )
 
-        return KVCache(empty(), empty())
+        weight = self.embedding.weight.detach()
+        if weight.device.type != "cpu":
+            return KVCache(empty(), empty())
+        vocabulary, dim = weight.shape
+        every = torch.ones(-(-vocabulary // 16), 1, dtype=torch.bool)
+        return KVCache(empty(), empty(), BlockSparse.from_dense(weight, (16, dim), every))
 
     def step(self, tokens: Tensor, path: Tensor, length: Tensor, cache: KVCache) -> Tensor:
         """Logits after R nodes of a tree, whose keys and values go into the cache.
@@ -307,7 +319,9 @@ class TransformerLM(nn.Module):
         cos, sin = rotary_angles(length - 1, self.config.head_dim, x.dtype)
         for block, key, value in zip(self.blocks, cache.key, cache.value, strict=True):
             x = cast(Block, block).step(x, cos, sin, path, length, key, value)
-        return self.head(x)
+        if cache.head is None or torch.is_grad_enabled():
+            return self.head(x)
+        return block_sparse_linear(self.norm(x), cache.head)
 
 
 def _linear(config: LMConfig, name: str) -> nn.Module:
