@@ -1,5 +1,8 @@
-"""`prunelm env`."""
+"""`prunelm env` and `prunelm bench`."""
 
+import importlib
+import pkgutil
+from collections.abc import Sequence
 from json import dumps
 from typing import Any
 
@@ -29,3 +32,24 @@ def env(json: bool = False) -> None:
     for name, value in found.items():
         shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
         print(f"{name.replace('_', ' '):{width}}{shown}")
+
+
+def bench(kind: str, words: Sequence[str]) -> None:
+    """Runs the benchmarks of one kind, `main(words)` of each module.
+
+    Args:
+        kind: "decoding", or "kernels" for all others.
+        words: options of the benchmarks, see their `--help`.
+    """
+    import prunelm.benchmarks
+
+    names = [m.name for m in pkgutil.iter_modules(prunelm.benchmarks.__path__)]
+    chosen = [
+        name
+        for name in sorted(names)
+        if name.startswith("bench_") and (name == "bench_decoding") == (kind == "decoding")
+    ]
+    if not chosen:
+        raise ValueError(f"bench {kind}: expected bench_*.py in prunelm.benchmarks, found none")
+    for name in chosen:
+        importlib.import_module(f"prunelm.benchmarks.{name}").main(list(words))

@@ -4,7 +4,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from prunelm.cli.pruning import set_threads
 from prunelm.data.files import replace_file
@@ -165,7 +165,7 @@ def _hear(
 ) -> dict[str, Any]:
     listener, tokenizer = recogniser
     utterances = load_corpus(kind, corpus, split)
-    fused = None if lm is None or how.beam == 0 else accelerate(lm)
+    fused = None if lm is None or how.beam == 0 else cast(TransformerLM, accelerate(lm))
     found = search(listener, encode(listener, utterances), fused, how)
     heard = [tokenizer.decode(list(found[each.id][0].tokens)) for each in utterances]
     wer = word_error_rate([each.text for each in utterances], heard)

@@ -1,12 +1,16 @@
 """`prunelm demo`, `prunelm study` and `prunelm report`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
+from rich.status import Status
 
 from prunelm.cli.pruning import set_threads
 from prunelm.study.demo import demo_grid, run_study, study_grid
+from prunelm.study.grid import LINES, Progress
 from prunelm.study.report import text_table, write_report
 from prunelm.study.results import read_results
 
@@ -43,10 +47,12 @@ def demo(
         threads: of torch; by default its own choice.
     """
     set_threads(threads)
-    path = run_study(
-        out, demo_grid(_parts(targets), steps, lr), title="prunelm demo", weight=lm_weight,
-        beam=beam, data=data, lm=lm, recogniser=recogniser, corpus=corpus, text=text, say=say,
-    )  # fmt: skip
+    with shown_progress() as progress:
+        path = run_study(
+            out, demo_grid(_parts(targets), steps, lr), title="prunelm demo", weight=lm_weight,
+            beam=beam, data=data, lm=lm, recogniser=recogniser, corpus=corpus, text=text,
+            progress=progress,
+        )  # fmt: skip
     _show(out, path)
 
 
@@ -89,11 +95,12 @@ def study(
     except ValueError:
         raise ValueError(f"seeds: expected whole numbers, got {seeds!r}") from None
     grid = study_grid(preset, targets=_parts(targets), seeds=numbers, steps=steps)
-    say(f"{grid.size} cells in {out}")
-    path = run_study(
-        out, grid, weight=lm_weight, beam=beam,
-        data=data, lm=lm, recogniser=recogniser, corpus=corpus, text=text, say=say,
-    )  # fmt: skip
+    with shown_progress() as progress:
+        progress.say(f"{grid.size} cells in {out}")
+        path = run_study(
+            out, grid, weight=lm_weight, beam=beam, data=data, lm=lm, recogniser=recogniser,
+            corpus=corpus, text=text, progress=progress,
+        )  # fmt: skip
     _show(out, path)
 
 
@@ -106,9 +113,30 @@ def report(folder: Path) -> None:
     _show(folder, write_report(folder))
 
 
-def say(text: str) -> None:
-    """A line about what was done, at once."""
-    print(text, flush=True)
+class Terminal:
+    """Lines as they come, and below them what is under way."""
+
+    def __init__(self, status: Status) -> None:
+        self.status = status
+
+    def say(self, text: str) -> None:
+        """Prints a line above the status."""
+        self.status.console.print(text, markup=False, highlight=False)
+
+    def doing(self, text: str) -> None:
+        """Shows it beside the spinner."""
+        self.status.update(text.replace("[", r"\["))
+
+
+@contextmanager
+def shown_progress() -> Iterator[Progress]:
+    """A spinner on a terminal, plain lines elsewhere."""
+    console = Console()
+    if not console.is_terminal:
+        yield LINES
+        return
+    with console.status("") as status:
+        yield Terminal(status)
 
 
 def _show(folder: Path, path: Path) -> None:

@@ -20,13 +20,14 @@ from prunelm.pruning import (
     Taylor,
 )
 from prunelm.pruning.groups import Method
-from prunelm.study.grid import Grid, Measuring, Say, run_grid
+from prunelm.study.grid import LINES, Grid, Measuring, Progress, run_grid
 from prunelm.study.recognition import rates_by_weight
 from prunelm.study.report import write_report
 from prunelm.study.results import read_json
 from prunelm.study.testbed import TestBed, open_testbed
 
 WEIGHTS = (0.1, 0.2, 0.3, 0.4, 0.5)
+MEASURING = Measuring()
 
 
 def shipped() -> Path:
@@ -111,7 +112,8 @@ def run_study(
     recogniser: Path | None = None,
     corpus: Path | None = None,
     text: Path | None = None,
-    say: Say = print,
+    measuring: Measuring = MEASURING,
+    progress: Progress = LINES,
 ) -> Path:
     """Runs a grid, or goes on with it, and writes its report.
 
@@ -120,7 +122,8 @@ def run_study(
         weight: of the LM in fusion; None: chosen on the validation utterances, 0.3 without them.
         data: a folder laid out as `testbed` tells; None: the shipped one.
         lm, recogniser, corpus, text: in place of the folder's own.
-        say: takes a line about each thing done.
+        measuring: all but weight and beam.
+        progress: is told about each thing done.
 
     Returns:
         the path of report.html.
@@ -130,10 +133,11 @@ def run_study(
         shipped() if data is None else data, lm=lm, recogniser=recogniser, corpus=corpus, text=text
     )
     if weight is None:
-        weight = _weight_before(out) or weight_of(bed, beam, say)
-    run_grid(bed, grid, out, title=title, measuring=Measuring(weight=weight, beam=beam), say=say)
+        weight = _weight_before(out) or weight_of(bed, beam, progress)
+    measuring = replace(measuring, weight=weight, beam=beam)
+    run_grid(bed, grid, out, title=title, measuring=measuring, progress=progress)
     path = write_report(out)
-    say(f"all in {time.perf_counter() - started:.0f} s")
+    progress.say(f"all in {time.perf_counter() - started:.0f} s")
     return path
 
 
@@ -144,12 +148,15 @@ def _weight_before(out: Path | str) -> float | None:
     return float(read_json(Path(out) / "study.json")["study"]["lm_weight"])
 
 
-def weight_of(bed: TestBed, beam: int, say: Say, weights: Sequence[float] = WEIGHTS) -> float:
+def weight_of(
+    bed: TestBed, beam: int, progress: Progress, weights: Sequence[float] = WEIGHTS
+) -> float:
     """The LM's weight with the lowest WER on the validation utterances, 0.3 without them."""
     if not bed.valid or bed.recogniser is None:
         return Measuring().weight
+    progress.doing(f"choosing the LM's weight on {len(bed.valid)} validation utterances")
     rates = rates_by_weight(bed.recogniser, bed.tokenizer, bed.valid, bed.lm, weights, beam)
     best = min(rates, key=lambda weight: rates[weight])
     tried = ", ".join(f"{weight:g}: {100 * rate:.1f} %" for weight, rate in rates.items())
-    say(f"LM weight {best:g}, chosen on the validation utterances ({tried})")
+    progress.say(f"LM weight {best:g}, chosen on the validation utterances ({tried})")
     return best

@@ -9,10 +9,10 @@ import itertools
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 from prunelm.data.files import replace_file
 from prunelm.metrics.flops import flops_per_token
@@ -28,7 +28,29 @@ from prunelm.study.recognition import Encoded, Searching, encode, transcribe
 from prunelm.study.results import DENSE, NO_LM, Row, open_study, read_row, write_row
 from prunelm.study.testbed import TestBed
 
-Say = Callable[[str], None]
+
+class Progress(Protocol):
+    """Who is told how far things are."""
+
+    def say(self, text: str) -> None:
+        """A line about what was done."""
+
+    def doing(self, text: str) -> None:
+        """What is under way; holds until the next call of either."""
+
+
+class Lines:
+    """Prints a line for each thing done."""
+
+    def say(self, text: str) -> None:
+        """Prints at once."""
+        print(text, flush=True)
+
+    def doing(self, text: str) -> None:
+        """Is silent."""
+
+
+LINES = Lines()
 
 
 @dataclass(frozen=True)
@@ -114,13 +136,13 @@ def run_grid(
     *,
     title: str,
     measuring: Measuring = Measuring(),
-    say: Say = print,
+    progress: Progress = LINES,
 ) -> None:
     """Prunes and measures what is not yet there, cell by cell.
 
     Args:
         folder: the study's.
-        say: takes a line about each thing done.
+        progress: is told about each thing done.
 
     Raises:
         ValueError: the folder holds another study, or the models do not fit.
@@ -128,7 +150,7 @@ def run_grid(
     folder = Path(folder)
     study = {**bed.facts, **_settings(grid, measuring)}
     open_study(folder, title, study)
-    work = _Work(bed, folder, measuring, say, grid.size + 1 + (bed.recogniser is not None))
+    work = _Work(bed, folder, measuring, progress, grid.size + 1 + (bed.recogniser is not None))
     work.references()
     for chain in grid.chains():
         work.chain(chain)
@@ -139,9 +161,9 @@ class _Work:
     """The state of one call: what is encoded already, and how many rows are done."""
 
     def __init__(
-        self, bed: TestBed, folder: Path, measuring: Measuring, say: Say, count: int
+        self, bed: TestBed, folder: Path, measuring: Measuring, progress: Progress, count: int
     ) -> None:
-        self.bed, self.folder, self.how, self.say = bed, folder, measuring, say
+        self.bed, self.folder, self.how, self.progress = bed, folder, measuring, progress
         self.count, self.done = count, 0
         self._encoded: list[Encoded] | None = None
 
@@ -149,6 +171,7 @@ class _Work:
         """The rows that all others are compared with."""
         if self.bed.recogniser is not None and not self.skip("no-lm"):
             started = time.perf_counter()
+            self.doing("no LM: decoding")
             heard = self.hear("no-lm", None)
             row = Row(NO_LM, "", 0, **heard, seconds={"decode": time.perf_counter() - started})
             self.finish("no-lm", row)
@@ -161,6 +184,7 @@ class _Work:
         if not missing:
             return
         started = time.perf_counter()
+        self.doing(f"{chain.series}: pruning to {', '.join(chain.targets)}")
         folder = self.folder / "work" / chain.key("-".join(chain.targets))
         try:
             results = chain.pruner.ladder(
@@ -171,7 +195,7 @@ class _Work:
             if not str(error).startswith("target: expected at least"):
                 raise
             self.done += len(missing)
-            self.say(f"{chain.series}: left out, {error}")
+            self.progress.say(f"{chain.series}: left out, {error}")
             return
         seconds = (time.perf_counter() - started) / len(chain.targets)
         for target, result in zip(chain.targets, results, strict=True):
@@ -205,7 +229,9 @@ class _Work:
     ) -> Row:
         """Everything about one model."""
         bed, how = self.bed, self.how
-        fast = accelerate(model)
+        name = f"{series}, {target}" if target else series
+        self.doing(f"{name}: measuring perplexity and time")
+        fast = cast(TransformerLM, accelerate(model))
         took = {} if seconds is None else {"prune": seconds}
         started = time.perf_counter()
         test = perplexity(model, bed.test_lines, bed.tokenizer).per_word
@@ -218,6 +244,7 @@ class _Work:
         heard: dict[str, Any] = {}
         if bed.recogniser is not None:
             started = time.perf_counter()
+            self.doing(f"{name}: decoding")
             heard = self.hear(key, fast)
             took["decode"] = time.perf_counter() - started
         return Row(
@@ -254,7 +281,7 @@ class _Work:
             started = time.perf_counter()
             assert self.bed.recogniser is not None
             self._encoded = encode(self.bed.recogniser, self.bed.test)
-            self.say(
+            self.progress.say(
                 f"encoded {len(self.bed.test)} utterances in {time.perf_counter() - started:.0f} s"
             )
         return self._encoded
@@ -263,6 +290,10 @@ class _Work:
         """Recovery text as batches."""
         how = self.how
         return self.bed.batches(self.folder / "work", batch=how.batch, length=how.length, seed=seed)
+
+    def doing(self, text: str) -> None:
+        """Tells what is under way."""
+        self.progress.doing(f"[{self.done + 1}/{self.count}] {text}")
 
     def skip(self, key: str) -> bool:
         """Whether the row is there already."""
@@ -281,7 +312,7 @@ class _Work:
             parts.append(f"WER {100 * row.wer:.1f} %")
         if row.target and row.speedup is not None:
             parts.append(f"step {row.speedup:.2f}x as fast")
-        self.say(f"{', '.join(parts)}  ({sum(row.seconds.values()):.0f} s)")
+        self.progress.say(f"{', '.join(parts)}  ({sum(row.seconds.values()):.0f} s)")
 
 
 def write_transcripts(path: Path, said: Mapping[str, str], heard: Mapping[str, str]) -> None:

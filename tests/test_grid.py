@@ -1,0 +1,251 @@
+"""A grid measures every cell once, goes on where it stopped, and the demo is such a grid."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from prunelm.cli import main
+from prunelm.data.text import read_lines
+from prunelm.data.tokenizer import Tokenizer
+from prunelm.metrics.perplexity import perplexity
+from prunelm.models.lm import LayerSizes, LMConfig, TransformerLM
+from prunelm.models.transducer import Transducer, TransducerConfig
+from prunelm.pruning import Elements, Finetune, Heads, LowRank, Magnitude, Neurons, Random
+from prunelm.pruning.schedulers import Incremental, OneShot
+from prunelm.study import testbed
+from prunelm.study.demo import demo_grid, run_study, study_grid
+from prunelm.study.grid import Grid, Measuring, read_transcripts, run_grid
+from prunelm.study.results import DENSE, NO_LM, read_results
+from prunelm.training.checkpoint import load_model, save_model
+
+LINES = [f"{a} the {b} {c}" for a in ("turn on", "dim", "close") for b in ("red", "big", "old")
+         for c in ("door", "lamp", "fan")]  # fmt: skip
+QUICK = Measuring(runs=1, rows=4, context=4, batch=4, length=16)
+
+
+class Heard:
+    """Keeps what a grid says, and presses Ctrl-C after `stop` lines."""
+
+    def __init__(self, stop: int = 0) -> None:
+        self.stop = stop
+        self.said: list[str] = []
+        self.under_way: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+        if len(self.said) == self.stop:
+            raise KeyboardInterrupt
+
+    def doing(self, text: str) -> None:
+        self.under_way.append(text)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def bed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder laid out like prunelm/demo, with untrained models and noise for speech."""
+    folder = tmp_path_factory.mktemp("bed")
+    torch.manual_seed(1)
+    tokenizer = Tokenizer.train(LINES, 24, "char")
+    config = LMConfig(tokenizer.vocab_size, 32, 16, (LayerSizes(2, 64),) * 2)
+    lm = TransformerLM(config)
+    for parameter in lm.parameters():  # logits that differ enough for fusion to matter
+        torch.nn.init.normal_(parameter, std=0.2)
+    save_model(folder / "lm", lm, tokenizer)
+    small = TransducerConfig(
+        tokenizer.vocab_size, (LayerSizes(2, 16),), dim=16, head_dim=8, channels=4,
+        predictor_dim=16, joiner_dim=16,
+    )  # fmt: skip
+    hearing = Transducer(small)
+    torch.nn.init.zeros_(hearing.join_out.bias)
+    save_model(folder / "recogniser", hearing, tokenizer)
+    generator = np.random.default_rng(1)
+    for split, count in (("test", 5), ("valid", 2)):
+        rows = ["id\tpath\ttext"]
+        for i in range(count):
+            audio = 0.1 * generator.standard_normal(4000 + 1111 * i)
+            soundfile.write(folder / f"{split}{i}.wav", audio, 16000)
+            rows.append(f"{split}-{i}\t{split}{i}.wav\t{LINES[3 * i]}")
+        (folder / f"{split}.tsv").write_text("\n".join(rows) + "\n")
+    (folder / "valid.txt").write_text("\n".join(LINES[::5]) + "\n")
+    (folder / "test.txt").write_text("\n".join(LINES[1::5]) + "\n")
+    (folder / "recovery.txt").write_text("\n".join(LINES * 4) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def demo_folder(bed_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a quick demo leaves that was stopped once and gone on with."""
+    out = tmp_path_factory.mktemp("demo")
+    grid = demo_grid(("80%", "70%", "60%"), steps=2)
+    first, second = Heard(stop=6), Heard()
+    with pytest.raises(KeyboardInterrupt):
+        run_study(out, grid, data=bed_folder, progress=first, title="quick", measuring=QUICK)
+    run_study(out, grid, data=bed_folder, progress=second, title="quick", measuring=QUICK)
+    assert first.said[0].startswith("LM weight ") and "all in" in second.said[-1]
+    assert any("pruning to 80%, 70%, 60%" in text for text in first.under_way)
+    rows = [text for text in first.said + second.said if text.startswith("[")]
+    assert [row.split("]")[0] for row in rows] == [f"[{i}/11" for i in range(1, 12)]
+    return out
+
+
+def test_demo_has_a_row_for_each_model(demo_folder: Path, bed_folder: Path) -> None:
+    results = read_results(demo_folder)
+    assert [row.series for row in results.rows[:2]] == [NO_LM, DENSE]
+    assert [row.target for row in results.rows[2:]] == ["80%", "70%", "60%"] * 3
+    dense = results.rows[1]
+    lm, tokenizer, _ = load_model(bed_folder / "lm")
+    assert dense.parameters == sum(p.numel() for p in lm.parameters())
+    expected = perplexity(lm, read_lines(bed_folder / "test.txt"), tokenizer).per_word
+    assert dense.perplexity == pytest.approx(expected)
+    for row in results.rows[2:]:
+        share = int(row.target[:-1]) / 100
+        assert 0.9 * share * dense.parameters < row.parameters <= share * dense.parameters
+        assert row.flops < dense.flops and row.latency_ms > 0 and row.dense_latency_ms > 0
+        assert row.wer_low <= row.wer <= row.wer_high and row.words == results.rows[0].words
+        assert 0 <= row.better <= 1 and set(row.seconds) == {"prune", "measure", "decode"}
+        assert "Finetune(steps=2" in row.settings["recovery"]
+
+
+def test_models_lie_beside_their_rows(demo_folder: Path, bed_folder: Path) -> None:
+    rows = {row.name: row for row in read_results(demo_folder).rows}
+    model, tokenizer, _ = load_model(demo_folder / "models" / "lowrank-60pc-seed0")
+    expected = perplexity(model, read_lines(bed_folder / "test.txt"), tokenizer).per_word
+    assert rows["LowRank, 60%"].perplexity == pytest.approx(expected)
+    heard = read_transcripts(demo_folder / "transcripts" / "lowrank-60pc-seed0.tsv")
+    assert sorted(heard) == [f"test-{i}" for i in range(5)]
+    assert not (demo_folder / "work").exists()
+    assert (demo_folder / "report.html").stat().st_size > 10_000
+
+
+def test_finished_cells_are_skipped(demo_folder: Path, bed_folder: Path) -> None:
+    cells = sorted((demo_folder / "cells").iterdir())
+    before = {path: path.stat().st_mtime_ns for path in cells}
+    lost = next(path for path in cells if "lowrank-70" in path.name)
+    old = json.loads(lost.read_text())
+    lost.unlink()
+    heard = Heard()
+    grid = demo_grid(("80%", "70%", "60%"), steps=2)
+    run_study(demo_folder, grid, data=bed_folder, progress=heard, title="quick", measuring=QUICK)
+    told = [text for text in heard.said if text.startswith("[")]
+    assert len(told) == 1 and "LowRank, 70%" in told[0] and "[11/11]" in told[0]
+    new = json.loads(lost.read_text())
+    for name in ("parameters", "perplexity", "wer", "flops"):
+        assert new[name] == pytest.approx(old[name], rel=1e-5)
+    assert all(path.stat().st_mtime_ns == before[path] for path in cells if path != lost)
+
+
+def test_another_study_is_refused(demo_folder: Path, bed_folder: Path) -> None:
+    with pytest.raises(ValueError, match="expected a study with targets '50%', got one with"):
+        run_study(
+            demo_folder, demo_grid(("50%",), steps=2), data=bed_folder, measuring=QUICK, weight=0.3
+        )
+    assert len(list((demo_folder / "cells").iterdir())) == 11
+
+
+def test_text_alone_and_every_axis(bed_folder: Path, tmp_path: Path) -> None:
+    bed = testbed.open_testbed(bed_folder)
+    bed = replace(bed, recogniser=None, test=())
+    grid = Grid(
+        methods={"Neurons": Neurons(), "Heads": Heads()},
+        targets=("70%", "20%"),
+        criteria=(Magnitude(), Random()),
+        schedules=(OneShot(), Incremental(rounds=2)),
+        recovery=Finetune(steps=2),
+        seeds=(0, 1),
+        ladder=False,
+    )
+    assert grid.size == 32
+    heard = Heard()
+    run_grid(bed, replace(grid, seeds=(0,)), tmp_path, title="t", measuring=QUICK, progress=heard)
+    results = read_results(tmp_path)
+    assert {row.series for row in results.rows} == {DENSE} | {
+        f"Neurons, {c}, {s}"
+        for c in ("Magnitude", "Random")
+        for s in ("OneShot", "Incremental(rounds=2)")
+    }
+    assert all(row.target in ("", "70%") and row.wer is None for row in results.rows)
+    left_out = [text for text in heard.said if "left out" in text]
+    assert len(left_out) == 12 and all("target: expected at least" in text for text in left_out)
+
+
+def test_presets() -> None:
+    assert study_grid("laptop").size == 36
+    paper = study_grid("paper", targets=("5M",), seeds=(3,), steps=7)
+    assert paper.size == 12 and paper.recovery.steps == 7
+    with pytest.raises(ValueError, match="preset: expected laptop or paper, got 'x'"):
+        study_grid("x")
+    assert {type(m) for m in study_grid("paper").methods.values()} >= {Elements, LowRank}
+
+
+@pytest.mark.parametrize(
+    ("gone", "said"),
+    [
+        ("lm", "model: expected a file"),
+        ("recogniser", "model: expected a file"),
+        ("test.tsv", "manifest: expected"),
+        ("valid.txt", "text: expected a file"),
+        ("recovery.txt", "recovery text: expected a file"),
+        ("test1.wav", "1 missing, the first"),
+    ],
+)
+def test_a_missing_part_is_named(
+    gone: str, said: str, bed_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "bed"
+    folder.mkdir()
+    for path in bed_folder.iterdir():
+        if path.name != gone:
+            (folder / path.name).symlink_to(path)
+    assert main(["demo", "--data", str(folder), "--out", str(tmp_path / "out")]) == 1
+    text = capsys.readouterr().err
+    assert said in text and text.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_vocabulary_is_refused(
+    bed_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Tokenizer.train([*LINES, "x y z q"], 28, "char")
+    save_model(tmp_path / "lm", TransformerLM(LMConfig.preset("tiny", other.vocab_size)), other)
+    words = ["demo", "--data", str(bed_folder), "--lm", str(tmp_path / "lm")]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 1
+    text = capsys.readouterr().err
+    assert other.fingerprint in text and text.count("\n") == 1
+
+
+def test_speech_commands(
+    bed_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bed = str(bed_folder)
+    words = ["evaluate", "--recogniser", f"{bed}/recogniser", "--corpus", bed, "--lm", f"{bed}/lm"]
+    assert main([*words, "--out", str(tmp_path / "n.json")]) == 0
+    assert "word error rate" in capsys.readouterr().out
+    found = json.loads((tmp_path / "n.json").read_text())["speech"]
+    assert found["utterances"] == 5 and found["lm_weight"] == 0.3
+    words = ["decode", f"{bed}/recogniser", f"{bed}/test1.wav", f"{bed}/test0.wav"]
+    assert main([*words, "--nbest", "3", "--lm", f"{bed}/lm"]) == 0
+    table = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert table[0] == ["id", "rank", "score", "am", "lm", "text"]
+    assert table[1][:2] == [f"{bed}/test1.wav", "1"] and table[-1][0] == f"{bed}/test0.wav"
+    for row in table[1:]:
+        assert float(row[2]) == pytest.approx(float(row[3]) + float(row[4]), abs=2e-4)
+    words = ["decode", f"{bed}/recogniser", "--corpus", bed, "--beam", "0"]
+    assert main([*words, "--out", str(tmp_path / "d.json")]) == 0
+    decoded = json.loads((tmp_path / "d.json").read_text())["utterances"]
+    assert [each["id"] for each in decoded] == [f"test-{i}" for i in range(5)]
+    assert main([*words, "--out", str(tmp_path / "d.txt")]) == 1
+    assert "out: expected a name ending in .tsv or .json" in capsys.readouterr().err
