@@ -1,0 +1,68 @@
+// The CUDA launchers: raw pointers in, an error text or nullptr out. They return on empty work,
+// never synchronise, and leave every check to the registrations in cuda/<op>.cpp. Contracts stand
+// in prunelm/ops/<op>.py. Tensors are contiguous and on the current device.
+#pragma once
+
+#include <cstdint>
+
+namespace prunelm::cuda {
+
+enum class DType { float32, float64, float16, bfloat16 };
+enum class Activation { none, relu, gelu, silu };
+
+struct BlockSparseLinear {
+  const void* x;        // [M, K]
+  const void* values;   // [nnz, bk, bn]: bn fastest
+  const int32_t* crow;  // [ceil(N / bn) + 1]
+  const int32_t* col;   // [nnz]
+  const void* bias;     // [N] or nullptr
+  void* y;              // [M, N]
+  int64_t M, K, N, bn, bk;
+};
+const char* launch_block_sparse_linear(const BlockSparseLinear& op, DType dtype,
+                                       Activation activation, void* stream);
+
+struct LowRankLinear {
+  const void* x;     // [M, K]
+  const void* down;  // [R, K]
+  const void* up;    // [N, R]
+  const void* bias;  // [N] or nullptr
+  void* y;           // [M, N]
+  int64_t M, K, N, R;
+};
+const char* launch_low_rank_linear(const LowRankLinear& op, DType dtype, Activation activation,
+                                   void* stream);
+
+constexpr int kMaxTerms = 8;
+constexpr int kMaxSilent = 8;
+enum class Prune { late, early, after };
+
+struct BeamTerm {
+  const void* rows;    // [L, V] of dtype
+  const int64_t* row;  // [B, W]
+  const void* weight;  // [B], score's dtype
+  int64_t L;
+  DType dtype;
+};
+struct BeamStep {
+  const void* score;         // [B, W]
+  const void* am_logits;     // [B, W, V]
+  const int64_t* slot;       // [B, W] or nullptr
+  const void* token_reward;  // [B], score's dtype, or nullptr
+  BeamTerm terms[kMaxTerms];
+  int64_t silent[kMaxSilent];  // the first is the blank
+  int32_t term_count, silent_count;
+  double temperature, blank_penalty;
+  Prune prune;
+  bool weigh_blank;
+  int64_t B, W, V;
+  void* new_score;  // [B, W]
+  int64_t* parent;  // [B, W]
+  int64_t* token;   // [B, W]
+  void* parts;      // [B, W, 1 + term_count]
+  bool* bad;        // [B]
+};
+const char* launch_beam_step(const BeamStep& op, DType logits_dtype, DType score_dtype,
+                             void* stream);
+
+}  // namespace prunelm::cuda

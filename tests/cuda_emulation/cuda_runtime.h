@@ -1,0 +1,312 @@
+// CUDA kernels on the CPU, for tests only: with this folder first on the include path, g++ builds a
+// .cu file as it stands. Blocks run one after another; inside a block each CUDA thread is a fiber
+// (fast, and always in the same order, so that a missing barrier gives the same wrong result every
+// time), or with CUDA_EMULATION_THREADS a std::thread (so that ThreadSanitizer reports it).
+// Shared memory starts as 0xFF bytes, which are NaN. Not emulated: speed, partial warps and masks,
+// poison in static __shared__ arrays, streams.
+#pragma once
+
+#include <math.h>
+
+#include <algorithm>
+#include <atomic>
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#ifndef CUDA_EMULATION_THREADS
+#include <ucontext.h>
+#endif
+
+#define CUDA_EMULATION 1
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace cuda_emulation {
+
+constexpr unsigned kWarp = 32;
+
+#ifdef CUDA_EMULATION_THREADS
+
+class Barrier {
+ public:
+  explicit Barrier(int64_t count) : barrier_(count) {}
+  void arrive_and_wait() { barrier_.arrive_and_wait(); }
+  void leave() { barrier_.arrive_and_drop(); }
+
+ private:
+  std::barrier<> barrier_;
+};
+
+#else
+
+// What the scheduler knows of the thread that runs; `blocked` says whether it can go on.
+struct Fiber {
+  ucontext_t context{};
+  std::vector<char> stack = std::vector<char>(1 << 16);
+  std::function<bool()> blocked;
+  bool done = false;
+};
+inline ucontext_t scheduler;
+inline Fiber* running = nullptr;
+
+class Barrier {
+ public:
+  explicit Barrier(int64_t count) : count_(count) {}
+  void arrive_and_wait() {
+    ++arrived_;
+    const int64_t round = round_;
+    if (!release()) {
+      running->blocked = [this, round] { return round == round_; };
+      swapcontext(&running->context, &scheduler);
+    }
+  }
+  void leave() {
+    --count_;
+    release();
+  }
+
+ private:
+  bool release() {
+    if (arrived_ < count_) return false;
+    arrived_ = 0;
+    ++round_;
+    return true;
+  }
+  int64_t count_, arrived_ = 0, round_ = 0;
+};
+
+#endif
+
+struct Warp {
+  Barrier barrier{kWarp};
+  uint64_t slot[kWarp];
+};
+
+struct Block {
+  Block(dim3 grid, dim3 size, dim3 index, size_t shared_bytes)
+      : grid(grid),
+        size(size),
+        index(index),
+        threads(size.x * size.y * size.z),
+        shared_bytes(shared_bytes),
+        shared(new unsigned char[shared_bytes]),
+        barrier(threads) {
+    std::memset(shared.get(), 0xFF, shared_bytes);
+    for (unsigned i = 0; i < threads / kWarp; ++i) warps.push_back(std::make_unique<Warp>());
+  }
+  dim3 grid, size, index;
+  unsigned threads;
+  size_t shared_bytes;
+  std::unique_ptr<unsigned char[]> shared;  // as long as asked, for AddressSanitizer
+  Barrier barrier;
+  std::vector<std::unique_ptr<Warp>> warps;
+};
+
+struct Thread {
+  Block* block;
+  unsigned number;
+  Warp& warp() const { return *block->warps[number / kWarp]; }
+  unsigned lane() const { return number % kWarp; }
+};
+inline thread_local Thread here;
+
+// From now on this C++ thread runs the CUDA thread `number`.
+inline void become(Block& block, unsigned number) {
+  here = {&block, number};
+  gridDim = block.grid;
+  blockDim = block.size;
+  blockIdx = block.index;
+  threadIdx = {number % blockDim.x, number / blockDim.x % blockDim.y,
+               number / blockDim.x / blockDim.y};
+}
+
+inline std::mutex failure_mutex;
+inline std::string failure;  // of the launch that runs
+
+// A thread that returns no longer counts at the barriers, as on a GPU.
+inline void run_thread(const std::function<void()>& kernel) {
+  try {
+    kernel();
+  } catch (const std::exception& error) {
+    std::lock_guard lock(failure_mutex);
+    failure = error.what();
+  }
+  here.block->barrier.leave();
+  here.warp().barrier.leave();
+}
+
+#ifdef CUDA_EMULATION_THREADS
+
+inline void run_block(Block& block, const std::function<void()>& kernel) {
+  std::vector<std::thread> threads;
+  for (unsigned i = 0; i < block.threads; ++i) {
+    threads.emplace_back([&block, &kernel, i] {
+      become(block, i);
+      run_thread(kernel);
+    });
+  }
+  for (auto& thread : threads) thread.join();
+}
+
+#else
+
+inline const std::function<void()>* kernel_to_run = nullptr;
+
+inline void fiber_main() {
+  run_thread(*kernel_to_run);
+  running->done = true;
+  swapcontext(&running->context, &scheduler);
+}
+
+inline void run_block(Block& block, const std::function<void()>& kernel) {
+  static std::vector<std::unique_ptr<Fiber>> fibers;  // kept: their stacks cost more than the work
+  while (fibers.size() < block.threads) fibers.push_back(std::make_unique<Fiber>());
+  kernel_to_run = &kernel;
+  for (unsigned i = 0; i < block.threads; ++i) {
+    Fiber& fiber = *fibers[i];
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    fiber.context.uc_link = nullptr;
+    fiber.done = false;
+    fiber.blocked = nullptr;
+    makecontext(&fiber.context, fiber_main, 0);
+  }
+  unsigned done = 0;
+  while (done < block.threads) {
+    bool progress = false;
+    for (unsigned i = 0; i < block.threads; ++i) {
+      Fiber& fiber = *fibers[i];
+      if (fiber.done || (fiber.blocked && fiber.blocked())) continue;
+      fiber.blocked = nullptr;
+      progress = true;
+      running = &fiber;
+      become(block, i);
+      swapcontext(&scheduler, &fiber.context);
+      done += fiber.done;
+    }
+    if (!progress) {
+      failure = "a barrier that only some threads reach";
+      return;
+    }
+  }
+}
+
+#endif
+
+template <typename T>
+T exchange(unsigned mask, T value, unsigned source) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  if (mask != 0xFFFFFFFFu) throw std::runtime_error("a warp mask that is not full");
+  Warp& warp = here.warp();
+  std::memcpy(&warp.slot[here.lane()], &value, sizeof(T));
+  warp.barrier.arrive_and_wait();
+  std::memcpy(&value, &warp.slot[source], sizeof(T));
+  warp.barrier.arrive_and_wait();
+  return value;
+}
+
+inline unsigned char* dynamic_shared() { return here.block->shared.get(); }
+
+}  // namespace cuda_emulation
+
+using std::max;
+using std::min;
+
+inline void __syncthreads() { cuda_emulation::here.block->barrier.arrive_and_wait(); }
+inline void __syncwarp() { cuda_emulation::here.warp().barrier.arrive_and_wait(); }
+
+template <typename T>
+T __shfl_sync(unsigned mask, T value, unsigned source) {
+  return cuda_emulation::exchange(mask, value, source % 32);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, unsigned lanes) {
+  return cuda_emulation::exchange(mask, value, cuda_emulation::here.lane() ^ lanes);
+}
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, unsigned by) {
+  const unsigned lane = cuda_emulation::here.lane();
+  return cuda_emulation::exchange(mask, value, lane + by < 32 ? lane + by : lane);
+}
+inline unsigned __ballot_sync(unsigned mask, bool vote) {
+  unsigned votes = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    votes |= unsigned(cuda_emulation::exchange(mask, vote, lane)) << lane;
+  }
+  return votes;
+}
+inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
+inline bool __all_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) == ~0u; }
+
+template <typename T>
+T atomicAdd(T* where, T value) {
+  return std::atomic_ref<T>(*where).fetch_add(value);
+}
+template <typename T>
+T atomicMax(T* where, T value) {
+  std::atomic_ref<T> target(*where);
+  T old = target.load();
+  while (old < value && !target.compare_exchange_weak(old, value)) {
+  }
+  return old;
+}
+template <typename T>
+T atomicOr(T* where, T value) {
+  return std::atomic_ref<T>(*where).fetch_or(value);
+}
+
+enum cudaError_t { cudaSuccess, cudaErrorLaunchFailure };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+using cudaStream_t = void*;
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : cuda_emulation::failure.c_str();
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  const dim3 grid = config->gridDim, size = config->blockDim;
+  const std::function<void()> call = [&] { kernel(arguments...); };
+  std::string& failure = cuda_emulation::failure;
+  failure.clear();
+  if (size.x * size.y * size.z % cuda_emulation::kWarp) failure = "a block of broken warps";
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  for (uint64_t i = 0; i < blocks && failure.empty(); ++i) {
+    const dim3 index{unsigned(i % grid.x), unsigned(i / grid.x % grid.y),
+                     unsigned(i / grid.x / grid.y)};
+    cuda_emulation::Block block(grid, size, index, config->dynamicSmemBytes);
+    cuda_emulation::run_block(block, call);
+  }
+  return failure.empty() ? cudaSuccess : cudaErrorLaunchFailure;
+}
