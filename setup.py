@@ -112,11 +112,14 @@ class NinjaBuild(build_ext):
             for source in sorted(ROOT.glob("csrc/cuda/*.cpp")):
                 compile_object("cxx", source, cxx)
             flags = [f"-I{ROOT / 'csrc'}", "-O3 -std=c++20 -Xcompiler -fPIC,-fvisibility=hidden"]
-            flags += ["-Xptxas -v --threads 2", *architecture_flags()]
+            flags += ["-Xptxas --warn-on-spills --threads 2", *architecture_flags()]
             for source in sorted(ROOT.glob("csrc/cuda/*.cu")):
                 compile_object("nvcc", source, flags, "_cuda")
 
         link = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu -lc10"]
+        # libtorch holds nothing itself: it brings libtorch_cuda beside a CUDA build of torch, and
+        # with it the stream getter that csrc/cuda/binding.h declares weak.
+        link.append("-Xlinker --no-as-needed -ltorch")
         if nvcc:
             link.append("-cudart static")
         edges.append(f"build {target}: link {' '.join(objects)}\n  flags = {' '.join(link)}")
