@@ -1,0 +1,20 @@
+// The launchers under C names, for ctypes; built with the emulation.
+#include "cuda/launch.h"
+
+using namespace prunelm::cuda;
+
+extern "C" {
+int64_t size_of_block_sparse_linear() { return sizeof(BlockSparseLinear); }
+int64_t size_of_low_rank_linear() { return sizeof(LowRankLinear); }
+int64_t size_of_beam_step() { return sizeof(BeamStep); }
+
+const char* block_sparse_linear(const BlockSparseLinear* op, int dtype, int activation) {
+  return launch_block_sparse_linear(*op, DType(dtype), Activation(activation), nullptr);
+}
+const char* low_rank_linear(const LowRankLinear* op, int dtype, int activation) {
+  return launch_low_rank_linear(*op, DType(dtype), Activation(activation), nullptr);
+}
+const char* beam_step(const BeamStep* op, int logits_dtype, int score_dtype) {
+  return launch_beam_step(*op, DType(logits_dtype), DType(score_dtype), nullptr);
+}
+}

@@ -1,0 +1,166 @@
+"""Builds the CUDA kernels for the CPU and calls them on CPU tensors."""
+
+import ctypes
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parent
+SOURCES = FOLDER.parent.parent / "csrc"
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+ACTIVATIONS = (None, "relu", "gelu", "silu")
+PRUNE = ("late", "early", "after")
+
+
+def compile_kernels(main: str, to: Path, *flags: str, sources: Path = SOURCES) -> None:
+    """Compiles every .cu of `sources` with the emulation and `main` of this folder."""
+    files = [*sorted(sources.glob("cuda/*.cu")), FOLDER / main]
+    subprocess.run(
+        ["g++", "-std=c++20", f"-I{FOLDER}", f"-I{sources}", *flags, "-x", "c++"]
+        + [str(file) for file in files]
+        + ["-o", str(to), "-pthread"],
+        check=True,
+    )
+
+
+def _structure(name: str, pointers: str, numbers: str) -> type[ctypes.Structure]:
+    fields = [(field, ctypes.c_void_p) for field in pointers.split()]
+    fields += [(field, ctypes.c_int64) for field in numbers.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+# The structs of csrc/cuda/launch.h, field by field.
+BlockSparseLinear = _structure("BlockSparseLinear", "x values crow col bias y", "M K N bn bk")
+LowRankLinear = _structure("LowRankLinear", "x down up bias y", "M K N R")
+
+
+class BeamTerm(ctypes.Structure):
+    _fields_ = (
+        ("rows", ctypes.c_void_p),
+        ("row", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("L", ctypes.c_int64),
+        ("dtype", ctypes.c_int),
+    )
+
+
+class BeamStep(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("score", "am_logits", "slot", "token_reward")),
+        ("terms", BeamTerm * 8),
+        ("silent", ctypes.c_int64 * 8),
+        ("term_count", ctypes.c_int32),
+        ("silent_count", ctypes.c_int32),
+        ("temperature", ctypes.c_double),
+        ("blank_penalty", ctypes.c_double),
+        ("prune", ctypes.c_int),
+        ("weigh_blank", ctypes.c_bool),
+        *((name, ctypes.c_int64) for name in "BWV"),
+        *((name, ctypes.c_void_p) for name in ("new_score", "parent", "token", "parts", "bad")),
+    )
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+class Kernels:
+    """The launchers of one build; each raises RuntimeError with the launcher's error text."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+        for name, structure in (
+            ("block_sparse_linear", BlockSparseLinear),
+            ("low_rank_linear", LowRankLinear),
+            ("beam_step", BeamStep),
+        ):
+            getattr(self._library, name).restype = ctypes.c_char_p
+            size = getattr(self._library, f"size_of_{name}")()
+            assert size == ctypes.sizeof(structure), f"{name}: launch.h differs from this file"
+
+    def _launch(self, name: str, op: ctypes.Structure, *codes: int) -> None:
+        error = getattr(self._library, name)(ctypes.byref(op), *codes)
+        if error is not None:
+            raise RuntimeError(error.decode())
+
+    def block_sparse_linear(
+        self,
+        x: Tensor,  # [M, K]
+        values: Tensor,  # [nnz, bn, bk], bn fastest in memory
+        crow: Tensor,
+        col: Tensor,
+        bias: Tensor | None,
+        *,
+        out_features: int,
+        activation: str | None = None,
+    ) -> Tensor:
+        y = torch.empty(len(x), out_features, dtype=x.dtype)
+        tensors = (x, values, crow, col, bias, y)
+        sizes = (len(x), x.shape[1], out_features, values.shape[1], values.shape[2])
+        op = BlockSparseLinear(*map(_pointer, tensors), *sizes)
+        codes = DTYPES.index(x.dtype), ACTIVATIONS.index(activation)
+        self._launch("block_sparse_linear", op, *codes)
+        return y
+
+    def low_rank_linear(
+        self,
+        x: Tensor,
+        down: Tensor,
+        up: Tensor,
+        bias: Tensor | None,
+        *,
+        activation: str | None = None,
+    ) -> Tensor:
+        y = torch.empty(len(x), len(up), dtype=x.dtype)
+        tensors = (x, down, up, bias, y)
+        op = LowRankLinear(*map(_pointer, tensors), *x.shape, *up.shape)
+        codes = DTYPES.index(x.dtype), ACTIVATIONS.index(activation)
+        self._launch("low_rank_linear", op, *codes)
+        return y
+
+    def beam_step(
+        self,
+        score: Tensor,
+        am_logits: Tensor,
+        terms: Sequence[tuple[Tensor, Tensor, Tensor]] = (),
+        *,
+        slot: Tensor | None = None,
+        silent: Sequence[int] = (0,),
+        token_reward: Tensor | None = None,
+        temperature: float = 1.0,
+        blank_penalty: float = 0.0,
+        prune: str = "late",
+        weigh_blank: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        B, W, V = am_logits.shape
+        out = (
+            torch.empty_like(score),
+            torch.empty(B, W, dtype=torch.int64),
+            torch.empty(B, W, dtype=torch.int64),
+            score.new_empty(B, W, 1 + len(terms)),
+            torch.empty(B, dtype=torch.bool),
+        )
+        op = BeamStep()
+        for name, tensor in zip(
+            ("score", "am_logits", "slot", "token_reward"),
+            (score, am_logits, slot, token_reward),
+            strict=True,
+        ):
+            setattr(op, name, _pointer(tensor))
+        for i, (rows, row, weight) in enumerate(terms):
+            op.terms[i] = BeamTerm(
+                *map(_pointer, (rows, row, weight)), len(rows), DTYPES.index(rows.dtype)
+            )
+        op.silent[: len(silent)] = silent
+        op.term_count, op.silent_count = len(terms), len(silent)
+        op.temperature, op.blank_penalty = temperature, blank_penalty
+        op.prune, op.weigh_blank = PRUNE.index(prune), weigh_blank
+        op.B, op.W, op.V = B, W, V
+        for name, tensor in zip(("new_score", "parent", "token", "parts", "bad"), out, strict=True):
+            setattr(op, name, _pointer(tensor))
+        codes = DTYPES.index(am_logits.dtype), DTYPES.index(score.dtype)
+        self._launch("beam_step", op, *codes)
+        return out
