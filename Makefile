@@ -34,7 +34,7 @@ lint: build
 	$(BIN)/mypy
 
 test: lint
-	OMP_WAIT_POLICY=passive $(BIN)/pytest -q
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -q -m "not slow"
 
 clean:
 	rm -rf $(VENV) build dist prunelm/_C*.so
