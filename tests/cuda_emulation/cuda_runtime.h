@@ -10,8 +10,8 @@
 
 #include <algorithm>
 #include <atomic>
-#include <barrier>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -43,21 +43,9 @@ namespace cuda_emulation {
 
 constexpr unsigned kWarp = 32;
 
-#ifdef CUDA_EMULATION_THREADS
+#ifndef CUDA_EMULATION_THREADS
 
-class Barrier {
- public:
-  explicit Barrier(int64_t count) : barrier_(count) {}
-  void arrive_and_wait() { barrier_.arrive_and_wait(); }
-  void leave() { barrier_.arrive_and_drop(); }
-
- private:
-  std::barrier<> barrier_;
-};
-
-#else
-
-// What the scheduler knows of the thread that runs; `blocked` says whether it can go on.
+// What the scheduler knows of the thread that runs; `blocked` says whether it has to wait.
 struct Fiber {
   ucontext_t context{};
   std::vector<char> stack = std::vector<char>(1 << 16);
@@ -67,18 +55,30 @@ struct Fiber {
 inline ucontext_t scheduler;
 inline Fiber* running = nullptr;
 
+#endif
+
+// Orders its own threads and no others: std::barrier shares state between barriers, which hides
+// races from ThreadSanitizer.
 class Barrier {
  public:
   explicit Barrier(int64_t count) : count_(count) {}
+
   void arrive_and_wait() {
+    std::unique_lock lock(mutex_);
     ++arrived_;
     const int64_t round = round_;
-    if (!release()) {
-      running->blocked = [this, round] { return round == round_; };
-      swapcontext(&running->context, &scheduler);
-    }
+    if (release()) return;
+#ifdef CUDA_EMULATION_THREADS
+    released_.wait(lock, [&] { return round != round_; });
+#else
+    lock.unlock();
+    running->blocked = [this, round] { return round == round_; };
+    swapcontext(&running->context, &scheduler);
+#endif
   }
+
   void leave() {
+    std::lock_guard lock(mutex_);
     --count_;
     release();
   }
@@ -88,12 +88,14 @@ class Barrier {
     if (arrived_ < count_) return false;
     arrived_ = 0;
     ++round_;
+    released_.notify_all();
     return true;
   }
+
+  std::mutex mutex_;
+  std::condition_variable released_;
   int64_t count_, arrived_ = 0, round_ = 0;
 };
-
-#endif
 
 struct Warp {
   Barrier barrier{kWarp};
