@@ -2,11 +2,13 @@
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "check.h"
 #include "cuda/launch.h"
@@ -56,6 +58,24 @@ class OnDeviceOf {
  private:
   torch::stable::accelerator::DeviceGuard guard_;
 };
+
+inline Tensor packed(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// x [..., K] seen as [M, K].
+inline int64_t rows_of(const Tensor& x) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
+  return rows;
+}
+
+// An empty [..., N] for x [..., K].
+inline Tensor empty_result(const Tensor& x, int64_t N) {
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = N;
+  return torch::stable::new_empty(x, shape);
+}
 
 inline void check_launched(const char* op, const char* error) {
   if (error) throw std::runtime_error(std::string(op) + ": CUDA: " + error);

@@ -22,6 +22,19 @@ struct BlockSparseLinear {
 const char* launch_block_sparse_linear(const BlockSparseLinear& op, DType dtype,
                                        Activation activation, void* stream);
 
+// grad @ weight, and grad.T @ x at the stored blocks; float32.
+struct BlockSparseGradient {
+  const float* grad;    // [M, N]
+  const float* x;       // [M, K], for values
+  const float* values;  // [nnz, bk, bn], for x
+  const int32_t* crow;  // [ceil(N / bn) + 1]
+  const int32_t* col;   // [nnz], ascending in each row of blocks
+  float* out;           // [M, K] or [nnz, bk, bn]
+  int64_t M, K, N, bn, bk, nnz;
+};
+const char* launch_block_sparse_linear_grad_x(const BlockSparseGradient& op, void* stream);
+const char* launch_block_sparse_linear_grad_values(const BlockSparseGradient& op, void* stream);
+
 struct LowRankLinear {
   const void* x;     // [M, K]
   const void* down;  // [R, K]
