@@ -5,6 +5,7 @@ plugged in. `PRUNELM_CUDA=0` leaves it out, `PRUNELM_CUDA=1` makes a missing nvc
 `TORCH_CUDA_ARCH_LIST` and `MAX_JOBS` mean what they mean to torch.
 """
 
+import fcntl
 import os
 import platform
 import shutil
@@ -72,7 +73,8 @@ class NinjaBuild(build_ext):
         from torch.utils.cpp_extension import include_paths, library_paths
 
         nvcc = find_nvcc()
-        folder = Path(self.build_temp).resolve()
+        # An editable install's own build_temp is new each time; objects are worth keeping.
+        folder = ROOT / "build/editable" if self.editable_mode else Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -126,13 +128,15 @@ class NinjaBuild(build_ext):
 
         compiler = os.environ.get("CXX", "c++")
         head = [f"cxx = {compiler}", f"nvcc = {nvcc}", f"linker = {nvcc or compiler}"]
-        (folder / "build.ninja").write_text("\n".join([*head, *rules, *edges]) + "\n")
         print(
             f"prunelm._C: torch {torch.__version__}, CUDA by {nvcc or 'nobody: left out'}",
             flush=True,
         )
         jobs = [f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else []
-        subprocess.check_call([sys.executable, "-m", "ninja", "-C", str(folder), *jobs])
+        with open(folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            (folder / "build.ninja").write_text("\n".join([*head, *rules, *edges]) + "\n")
+            subprocess.check_call([sys.executable, "-m", "ninja", "-C", str(folder), *jobs])
 
 
 def files(*patterns: str) -> list[str]:
