@@ -336,6 +336,19 @@ inline BlockSparseShape check_block_sparse_grad_values(const Tensor& grad, const
   return s;
 }
 
+// The second factor of low_rank_linear_blocks.
+inline BlockSparseShape check_low_rank_up(const Tensor& x, const Tensor& values, const Tensor& crow,
+                                          const Tensor& col, const std::optional<Tensor>& bias,
+                                          int64_t N, int64_t R, int64_t activation) {
+  check_dim("up_values", values, 3);
+  const BlockSparseShape s{N, R, values.size(1), values.size(2)};
+  check_blocks(crow, col, s);
+  check_size("up_col", col, 0, values.size(0));
+  check_bias(bias, x, values, N);
+  if (activation < 0 || activation > 3) refuse("activation", "0 to 3", std::to_string(activation));
+  return s;
+}
+
 struct LowRankShape {
   int64_t N, K, R;
 };

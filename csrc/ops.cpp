@@ -20,6 +20,10 @@ STABLE_TORCH_LIBRARY(prunelm, m) {
   m.def(
       "low_rank_linear(Tensor x, Tensor down, Tensor up, Tensor? bias, int activation) -> Tensor");
   m.def(
+      "low_rank_linear_blocks(Tensor x, Tensor down_values, Tensor down_crow, Tensor down_col, "
+      "Tensor up_values, Tensor up_crow, Tensor up_col, Tensor? bias, int rank, int out_features, "
+      "int activation) -> Tensor");
+  m.def(
       "rnnt_loss(Tensor logits, Tensor targets, Tensor logit_lengths, Tensor target_lengths, "
       "int blank) -> (Tensor, Tensor)");
   m.def(

@@ -2,14 +2,14 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from prunelm import ops
 from prunelm.ops.activation import activation_code
-from prunelm.ops.break_even import block_sparse_us, dense_us, low_rank_us
+from prunelm.ops.break_even import block_sparse_us, dense_us, low_rank_blocks_us
 from prunelm.sparse import BlockSparse
 
 
@@ -110,8 +110,10 @@ class BlockSparseLinear(nn.Module):
     @property
     def weight(self) -> BlockSparse:
         """A view on the module's tensors."""
+        # Past nn.Module's own look-up, which takes as long as the smallest products.
+        values, own = cast(Tensor, self._parameters["values"]), self._buffers
         shape = (self.out_features, self.in_features)
-        return BlockSparse(self.values, self.crow, self.col, shape)
+        return BlockSparse(values, cast(Tensor, own["crow"]), cast(Tensor, own["col"]), shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
@@ -142,6 +144,55 @@ class BlockSparseLinear(nn.Module):
         )
 
 
+class PackedLowRankLinear(nn.Module):
+    """A `LowRankLinear` for inference: its factors laid out once, as the kernels read them.
+
+    Attributes:
+        down, up: [R, K] and [N, R] as blocks of 16 outputs; the module's buffers, seen as weights.
+        bias: [N] or None.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, linear: LowRankLinear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.rank, self.activation = linear.rank, linear.activation
+        for name, factor in (("down", linear.down), ("up", linear.up)):
+            N, K = factor.shape
+            blocks = BlockSparse.from_dense(factor.detach(), (16, max(K, 1)), _all_blocks(N, K))
+            self.register_buffer(f"{name}_values", blocks.values)
+            self.register_buffer(f"{name}_crow", blocks.crow)
+            self.register_buffer(f"{name}_col", blocks.col)
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        self.register_buffer("bias", bias)
+
+    @property
+    def down(self) -> BlockSparse:
+        """[R, K]."""
+        shape = (self.rank, self.in_features)
+        own = cast(dict[str, Tensor], self._buffers)
+        return BlockSparse(own["down_values"], own["down_crow"], own["down_col"], shape)
+
+    @property
+    def up(self) -> BlockSparse:
+        """[N, R]."""
+        shape = (self.out_features, self.rank)
+        own = cast(dict[str, Tensor], self._buffers)
+        return BlockSparse(own["up_values"], own["up_crow"], own["up_col"], shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        return ops.low_rank_linear(x, self.down, self.up, self.bias, self.activation)
+
+    def extra_repr(self) -> str:
+        """Sizes, as LowRankLinear shows its own."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"rank={self.rank}, bias={self.bias is not None}"
+        )
+
+
 # Blocks that `accelerate` looks for. The kernels read 16 outputs at a time, so that lower blocks
 # gain nothing; taller ones save indices.
 BLOCKS = ((16, 1), (16, 4), (16, 16), (32, 32), (64, 64), (128, 128))
@@ -153,10 +204,10 @@ def accelerate(
     """A copy of the model in eval mode, with linears replaced where that is predicted to be faster.
 
     Zero blocks are found in the weights themselves: an nn.Linear with enough of them becomes a
-    `BlockSparseLinear`, with the block of `BLOCKS` that promises most; a `LowRankLinear` whose
-    factors cost more than their product becomes that product. Predictions are for CPU and one
-    thread; what lies elsewhere is copied as it is. The copy is for inference: its parameters need
-    no gradient, and its state dict is not the model's.
+    `BlockSparseLinear`, with the block of `BLOCKS` that promises most; a `LowRankLinear` has its
+    factors laid out for the kernels or, where they cost more than their product, becomes that
+    product. Predictions are for CPU and one thread; what lies elsewhere is copied as it is. The
+    copy is for inference: its parameters need no gradient, and its state dict is not the model's.
 
     Dense linears go through the same op, as one block per 16 outputs, unless that is predicted to
     be slower. With all linears there, a row's result does not depend on how many rows are computed
@@ -187,35 +238,52 @@ def accelerate(
 
 def _accelerated(module: nn.Module, rows: Sequence[int], dense: bool | None) -> nn.Module:
     """What stands for one module in the accelerated copy; the module itself where nothing wins."""
+    new: nn.Module | None = None
     if type(module) is LowRankLinear and module.down.device.type == "cpu":
-        N, K, R = module.out_features, module.in_features, module.rank
-        factored = [low_rank_us(M, N, K, R, module.down.dtype) for M in rows]
-        merged = [block_sparse_us(M, -(-N // 16), (16, K), module.down.dtype) for M in rows]
-        if not all(us < other for us, other in zip(merged, factored, strict=True)):
-            return module
-        product = nn.Linear(K, N, device="meta", bias=False)
-        product.weight = nn.Parameter(
-            (module.up.double() @ module.down.double()).to(module.up.dtype), requires_grad=False
-        )
-        product.bias = module.bias  # type: ignore[assignment]
-        new = BlockSparseLinear.from_linear(product, (16, K), _all_blocks(N))
-        new.activation = module.activation
-        return new.eval().requires_grad_(False)
-    if type(module) is not nn.Linear or module.weight.device.type != "cpu":
-        return module
-    mask: Tensor | None
-    block, mask = _best_block(module, rows), None
-    if block is None:
-        block, mask = (16, module.in_features), _all_blocks(module.out_features)
-        if dense is False or (
-            dense is None and not _wins(module, len(mask), block, rows, 1 / 0.97)
-        ):
-            return module
-    return BlockSparseLinear.from_linear(module, block, mask).eval().requires_grad_(False)
+        new = _accelerated_low_rank(module, rows)
+    elif type(module) is nn.Linear and module.weight.device.type == "cpu":
+        new = _accelerated_linear(module, rows, dense)
+    return module if new is None else new.eval().requires_grad_(False)
 
 
-def _all_blocks(N: int) -> Tensor:
-    return torch.ones(-(-N // 16), 1, dtype=torch.bool)
+def _accelerated_low_rank(linear: LowRankLinear, rows: Sequence[int]) -> nn.Module:
+    N, K, R, dtype = linear.out_features, linear.in_features, linear.rank, linear.down.dtype
+    factored = [low_rank_blocks_us(M, N, K, R, dtype) for M in rows]
+    merged = [block_sparse_us(M, -(-N // 16), (16, K), dtype) for M in rows]
+    if not all(us < other for us, other in zip(merged, factored, strict=True)):
+        return PackedLowRankLinear(linear)
+    product = (linear.up.double() @ linear.down.double()).to(dtype)
+    new = BlockSparseLinear.from_linear(
+        _linear_of(product, linear.bias), (16, K), _all_blocks(N, K)
+    )
+    new.activation = linear.activation
+    return new
+
+
+def _accelerated_linear(
+    linear: nn.Linear, rows: Sequence[int], dense: bool | None
+) -> nn.Module | None:
+    N, K = linear.out_features, linear.in_features
+    block = _best_block(linear, rows)
+    if block is not None:
+        return BlockSparseLinear.from_linear(linear, block)
+    if dense or (dense is None and _wins(linear, -(-N // 16), (16, K), rows, 1 / 0.97)):
+        return BlockSparseLinear.from_linear(linear, (16, K), _all_blocks(N, K))
+    return None
+
+
+def _linear_of(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
+    N, K = weight.shape
+    linear = nn.Linear(K, N, bias=bias is not None, device="meta", dtype=weight.dtype)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = bias
+    return linear
+
+
+def _all_blocks(N: int, K: int) -> Tensor:
+    """The mask that keeps everything, for blocks (16, K)."""
+    return torch.ones(-(-N // 16), min(K, 1), dtype=torch.bool)
 
 
 def _best_block(linear: nn.Linear, rows: Sequence[int]) -> tuple[int, int] | None:

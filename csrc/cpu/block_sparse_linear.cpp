@@ -5,76 +5,12 @@
 
 #include <vector>
 
-#include "cpu/instruction_set.h"
+#include "cpu/block_sparse_view.h"
 #include "cpu/linear.h"
 #include "cpu/scratch.h"
 
 namespace prunelm {
 namespace {
-
-const BlockSparseLoops& loops() {
-#if defined(__x86_64__)
-  if (instruction_set() == InstructionSet::avx2) return avx2::block_sparse_loops;
-#endif
-  return portable::block_sparse_loops;
-}
-
-// Contents of crow and col; without these checks a damaged file would make the loops read anywhere.
-void check_pattern(const Tensor& crow, const Tensor& col, int64_t block_columns) {
-  const auto* start = static_cast<const int32_t*>(crow.data_ptr());
-  const auto* column = static_cast<const int32_t*>(col.data_ptr());
-  const int64_t rows = crow.size(0) - 1, nnz = col.size(0);
-  bool good = start[0] == 0 && start[rows] == nnz;
-  for (int64_t r = 0; r < rows; ++r) good &= start[r] <= start[r + 1];
-  if (!good) refuse("crow", "0 to nnz, never falling", "something else");
-  for (int64_t r = 0; r < rows; ++r) {
-    if (start[r] == start[r + 1]) continue;
-    good &= column[start[r]] >= 0 && column[start[r + 1] - 1] < block_columns;
-    for (int64_t j = start[r] + 1; j < start[r + 1]; ++j) good &= column[j - 1] < column[j];
-  }
-  if (!good) {
-    refuse("col", "columns in [0, " + std::to_string(block_columns) + "), ascending in each row",
-           "something else");
-  }
-}
-
-Tensor bn_fastest(const Tensor& values) {
-  const Tensor blocks = torch::stable::transpose(values, 1, 2);
-  return blocks.is_contiguous() ? blocks : torch::stable::contiguous(blocks);
-}
-
-BlockSparseView view(const Tensor& blocks, const BlockSparseShape& s, const Tensor& crow,
-                     const Tensor& col) {
-  check_pattern(crow, col, (s.K + s.bk - 1) / s.bk);
-  return {blocks.data_ptr(),
-          number_of("values", blocks),
-          static_cast<const int32_t*>(crow.data_ptr()),
-          static_cast<const int32_t*>(col.data_ptr()),
-          s.N,
-          s.K,
-          s.bn,
-          s.bk};
-}
-
-// run(begin, end) on lines of blocks, threads getting equal shares of the stored blocks. A line's
-// own result counts as one more block, so that empty lines are shared out too.
-template <typename Run>
-void over_lines(const int32_t* start, int64_t count, double multiply_adds_per_block, Run run) {
-  const auto first = [&](int64_t share) {
-    int64_t low = 0, high = count;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (start[middle] + middle < share) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    return low;
-  };
-  torch::stable::parallel_for(0, start[count] + count, grain(multiply_adds_per_block),
-                              [&](int64_t begin, int64_t end) { run(first(begin), first(end)); });
-}
 
 Tensor block_sparse_linear_cpu(const Tensor& x_given, const Tensor& values, const Tensor& crow,
                                const Tensor& col, const std::optional<Tensor>& bias,
@@ -85,7 +21,7 @@ Tensor block_sparse_linear_cpu(const Tensor& x_given, const Tensor& values, cons
   Tensor y = torch::stable::new_empty(x, result_shape(x, s.N));
   if (y.numel() == 0) return y;
   const Tensor blocks = bn_fastest(values);
-  const BlockSparseView weight = view(blocks, s, crow, col);
+  const BlockSparseView weight = block_sparse_view(blocks, s, crow, col);
   const int64_t M = y.numel() / s.N;
   MatrixView rows = matrix_view("x", x, s.K);
   rows.rows = M;
@@ -96,17 +32,7 @@ Tensor block_sparse_linear_cpu(const Tensor& x_given, const Tensor& values, cons
   const int64_t pass = pass_rows(M, s.K, kPassRows);
   for (int64_t m = 0; m < M; m += pass) {
     const int64_t count = std::min(pass, M - m);
-    const MatrixView part = rows_of(rows, m, count);
-    void* const packed =
-        scratch.reserve(loops().pack_size(weight, count) * compute_bytes(weight.number));
-    torch::stable::parallel_for(
-        0, loops().pack_groups(weight, count), grain(64.0 * s.K),
-        [&](int64_t begin, int64_t end) { loops().pack(weight, part, begin, end, packed); });
-    const LinearResult part_of_y = rows_of(result, m, count);
-    over_lines(weight.crow, weight.block_rows(), double(s.bn * s.bk * count),
-               [&](int64_t begin, int64_t end) {
-                 loops().forward(weight, packed, begin, end, part_of_y);
-               });
+    block_sparse_pass(weight, rows_of(rows, m, count), rows_of(result, m, count), scratch);
   }
   return y;
 }
@@ -143,7 +69,7 @@ Tensor block_sparse_linear_grad_x_cpu(const Tensor& grad_given, const Tensor& va
   Tensor out = torch::stable::new_empty(grad, result_shape(grad, s.K));
   if (out.numel() == 0) return out;
   const Tensor blocks = bn_fastest(values);
-  const BlockSparseView weight = view(blocks, s, crow, col);
+  const BlockSparseView weight = block_sparse_view(blocks, s, crow, col);
   const int64_t M = out.numel() / s.K;
   MatrixView rows = matrix_view("grad", grad, s.N);
   rows.rows = M;
@@ -158,12 +84,13 @@ Tensor block_sparse_linear_grad_x_cpu(const Tensor& grad_given, const Tensor& va
     const MatrixView part = rows_of(rows, m, count);
     void* const packed = scratch.reserve(groups * 16 * s.N * compute_bytes(weight.number));
     torch::stable::parallel_for(0, groups, grain(64.0 * s.N), [&](int64_t begin, int64_t end) {
-      loops().pack_grad(part, begin, end, packed);
+      block_sparse_loops().pack_grad(part, begin, end, packed);
     });
     const LinearResult part_of_out = rows_of(result, m, count);
     over_lines(columns.start.data(), weight.block_columns(), double(s.bn * s.bk * count),
                [&](int64_t begin, int64_t end) {
-                 loops().grad_x(weight, columns.view(), packed, begin, end, part_of_out);
+                 block_sparse_loops().grad_x(weight, columns.view(), packed, begin, end,
+                                             part_of_out);
                });
   }
   return out;
@@ -192,7 +119,7 @@ Tensor block_sparse_linear_grad_values_cpu(const Tensor& grad_given, const Tenso
   Tensor blocks = torch::stable::new_zeros(grad, {col.size(0), bk, bn});
   const int64_t M = s.N ? grad.numel() / s.N : 0;
   if (blocks.numel() && M) {
-    const BlockSparseView weight = view(blocks, s, crow, col);
+    const BlockSparseView weight = block_sparse_view(blocks, s, crow, col);
     check_wide("grad", weight.number, grad);
     check_dtype("x", x, grad.scalar_type());
     const size_t bytes = compute_bytes(weight.number);
@@ -211,7 +138,8 @@ Tensor block_sparse_linear_grad_values_cpu(const Tensor& grad_given, const Tenso
     const MatrixView x_rows{x_memory, weight.number, M, s.K, wide_x};
     torch::stable::parallel_for(
         0, col.size(0), grain(double(bn) * bk * M), [&](int64_t begin, int64_t end) {
-          loops().grad_values(weight, row.data(), grad_rows, x_rows, begin, end, blocks.data_ptr());
+          block_sparse_loops().grad_values(weight, row.data(), grad_rows, x_rows, begin, end,
+                                           blocks.data_ptr());
         });
   }
   return torch::stable::transpose(blocks, 1, 2);

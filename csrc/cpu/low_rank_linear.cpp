@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/block_sparse_linear.h"
+#include "cpu/block_sparse_view.h"
 #include "cpu/instruction_set.h"
 #include "cpu/linear.h"
 #include "cpu/scratch.h"
@@ -60,9 +62,48 @@ Tensor low_rank_linear_cpu(const Tensor& x_given, const Tensor& down_given, cons
   return y;
 }
 
+// The same with factors that were laid out before the call: in blocks, in practice all of them.
+Tensor low_rank_linear_blocks_cpu(const Tensor& x_given, const Tensor& down_values,
+                                  const Tensor& down_crow, const Tensor& down_col,
+                                  const Tensor& up_values, const Tensor& up_crow,
+                                  const Tensor& up_col, const std::optional<Tensor>& bias,
+                                  int64_t rank, int64_t out_features, int64_t activation) {
+  const BlockSparseShape thin =
+      check_block_sparse_linear(x_given, down_values, down_crow, down_col, std::nullopt, rank, 0);
+  const BlockSparseShape wide =
+      check_low_rank_up(x_given, up_values, up_crow, up_col, bias, out_features, rank, activation);
+  check_dtype_of("up_values", up_values, "down_values", down_values);
+  const Tensor x = dense(x_given);
+  Tensor y = torch::stable::new_empty(x, result_shape(x, wide.N));
+  if (y.numel() == 0) return y;
+  const Tensor down_blocks = bn_fastest(down_values), up_blocks = bn_fastest(up_values);
+  const BlockSparseView down = block_sparse_view(down_blocks, thin, down_crow, down_col);
+  const BlockSparseView up = block_sparse_view(up_blocks, wide, up_crow, up_col);
+  const int64_t M = y.numel() / wide.N;
+  MatrixView rows = matrix_view("x", x, thin.K);
+  rows.rows = M;
+  check_weight_dtype("down_values", down.number, "x", rows.number, down_values);
+  const LinearResult result = linear_result(y, M, wide.N, bias, activation);
+
+  static thread_local Scratch x_scratch, z_scratch;
+  const size_t bytes = compute_bytes(down.number);
+  const Number number = bytes == 8 ? Number::f64 : Number::f32;
+  const int64_t pass = pass_rows(M, thin.K, kLowRankRows);
+  for (int64_t m = 0; m < M; m += pass) {
+    const int64_t count = std::min(pass, M - m);
+    void* const z = z_scratch.reserve(count * rank * bytes);
+    const LinearResult middle{z, number, count, rank, nullptr, number, Activation::none};
+    block_sparse_pass(down, rows_of(rows, m, count), middle, x_scratch);
+    const MatrixView z_rows{z, number, count, rank, rank};
+    block_sparse_pass(up, z_rows, rows_of(result, m, count), x_scratch);
+  }
+  return y;
+}
+
 }  // namespace
 }  // namespace prunelm
 
 STABLE_TORCH_LIBRARY_IMPL(prunelm, CPU, m) {
   m.impl("low_rank_linear", TORCH_BOX(&prunelm::low_rank_linear_cpu));
+  m.impl("low_rank_linear_blocks", TORCH_BOX(&prunelm::low_rank_linear_blocks_cpu));
 }

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,13 +57,15 @@ def _widens(weight: torch.dtype, x: torch.dtype) -> bool:
     return x == torch.float32 and weight in (torch.bfloat16, torch.float16)
 
 
-def choose(op: str, x: Tensor, weights: Mapping[str, Tensor], backend: str | None) -> str:
-    """The backend that runs: the one asked for, or the first that can.
+def choose(
+    op: str, device: str, x: Tensor, weights: Mapping[str, Tensor], backend: str | None
+) -> str:
+    """The backend that runs: the one asked for, or the first that can; device is x's type.
 
     Raises:
         ValueError: the backend asked for is unknown or cannot run; it lists every reason.
     """
-    if backend is None and x.device.type == "cpu":
+    if backend is None and device == "cpu":
         return "cpu"  # which refuses what it cannot take, by name
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {BACKENDS} or None, got {backend!r}")
@@ -74,10 +77,7 @@ def choose(op: str, x: Tensor, weights: Mapping[str, Tensor], backend: str | Non
     return backend
 
 
-def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors as autocast wants them for a matrix product; float64 stays as it is."""
-    tensors = (x, *others)
-    if not torch.is_autocast_enabled(x.device.type):
-        return tensors
-    dtype = torch.get_autocast_dtype(x.device.type)
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """The tensors (or None) as autocast wants them for a matrix product; float64 stays as it is."""
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -11,6 +11,8 @@ from prunelm.ops.activation import activate, activation_code, activation_gradien
 from prunelm.ops.backend import autocast, choose
 from prunelm.sparse import BlockSparse
 
+_OP = torch.ops.prunelm.block_sparse_linear.default  # an overload found once saves a look-up
+
 
 def block_sparse_linear(
     x: Tensor,
@@ -47,18 +49,13 @@ def block_sparse_linear(
     K = weight.shape[1]
     if x.dim() < 1 or x.shape[-1] != K:
         raise ValueError(f"x: expected [..., {K}], got {list(x.shape)}")
-    rows, values, bias = autocast(x, weight.values, bias)
-    assert rows is not None and values is not None
-    chosen = choose("block_sparse_linear", rows, {"values": values}, backend)
-    if chosen == "reference":
-        cast_weight = BlockSparse(values, weight.crow, weight.col, weight.shape)
-        return block_sparse_linear_reference(rows, cast_weight, bias, activation)
-    return cast(
-        Tensor,
-        torch.ops.prunelm.block_sparse_linear(
-            rows, values, weight.crow, weight.col, bias, weight.shape[0], code
-        ),
-    )
+    values, device = weight.values, x.device.type
+    if torch.is_autocast_enabled(device):
+        x, values, bias = autocast(x, values, bias)
+    if choose("block_sparse_linear", device, x, {"values": values}, backend) == "reference":
+        stored = BlockSparse(values, weight.crow, weight.col, weight.shape)
+        return block_sparse_linear_reference(x, stored, bias, activation)
+    return cast(Tensor, _OP(x, values, weight.crow, weight.col, bias, weight.shape[0], code))
 
 
 def block_sparse_linear_reference(

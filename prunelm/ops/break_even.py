@@ -52,7 +52,7 @@ def block_sparse_us(
 
 
 def low_rank_us(M: int, N: int, K: int, R: int, dtype: torch.dtype = torch.float32) -> float:
-    """low_rank_linear with rank R."""
+    """low_rank_linear with plain factors of rank R."""
     weights = R * (N + K)
     return (
         CALL_US
@@ -60,3 +60,9 @@ def low_rank_us(M: int, N: int, K: int, R: int, dtype: torch.dtype = torch.float
         + 2 * M * weights / flops_per_us()
         + weights * TRANSPOSE_US
     )
+
+
+def low_rank_blocks_us(M: int, N: int, K: int, R: int, dtype: torch.dtype = torch.float32) -> float:
+    """low_rank_linear with factors of rank R in blocks of 16 outputs."""
+    down = block_sparse_us(M, -(-R // 16), (16, K), dtype)
+    return down + block_sparse_us(M, -(-N // 16), (16, R), dtype) - CALL_US

@@ -1,5 +1,6 @@
 """What a linear op would do with given tensors, and why."""
 
+import torch
 from torch import Tensor
 
 from prunelm.ops.backend import Explanation, autocast, choose, refusals
@@ -27,13 +28,15 @@ def explain(
     else:
         op, weights = "low_rank_linear", {"down": weight[0], "up": weight[1]}
         N, K = weight[1].shape[0], weight[0].shape[1]
-    x, *cast = (t for t in autocast(x, *weights.values()) if t is not None)
-    weights = dict(zip(weights, cast, strict=True))
+    if torch.is_autocast_enabled(x.device.type):
+        x, *cast = autocast(x, *weights.values())
+        weights = dict(zip(weights, cast, strict=True))
+    dtype = next(iter(weights.values())).dtype
     M = x.numel() // max(K, 1)
     if isinstance(weight, BlockSparse):
-        own = block_sparse_us(M, weight.nnz, weight.block, cast[0].dtype)
+        own = block_sparse_us(M, weight.nnz, weight.block, dtype)
     else:
-        own = low_rank_us(M, N, K, weight[0].shape[0], cast[0].dtype)
-    chosen = choose(op, x, weights, backend)
+        own = low_rank_us(M, N, K, weight[0].shape[0], dtype)
+    chosen = choose(op, x.device.type, x, weights, backend)
     predicted = {"cpu": own, "dense": dense_us(M, N, K, x.dtype)} if x.device.type == "cpu" else {}
     return Explanation(chosen, refusals(op, x, weights), predicted)

@@ -9,12 +9,17 @@ from torch import Tensor
 from prunelm.ops import _library  # noqa: F401  (loads the extension)
 from prunelm.ops.activation import activate, activation_code, activation_gradient
 from prunelm.ops.backend import autocast, choose
+from prunelm.ops.block_sparse_linear import block_sparse_linear
+from prunelm.sparse import BlockSparse
+
+_OP = torch.ops.prunelm.low_rank_linear.default  # an overload found once saves a look-up
+_OP_BLOCKS = torch.ops.prunelm.low_rank_linear_blocks.default
 
 
 def low_rank_linear(
     x: Tensor,
-    down: Tensor,
-    up: Tensor,
+    down: Tensor | BlockSparse,
+    up: Tensor | BlockSparse,
     bias: Tensor | None = None,
     activation: str | None = None,
     backend: str | None = None,
@@ -25,10 +30,13 @@ def low_rank_linear(
     depends on neither M nor the number of threads, as for `block_sparse_linear`. Gradients flow to
     all tensors; the middle is computed again for them.
 
+    Plain factors are rearranged at each call, which is most of the work at small M. For inference
+    they may be given as blocks instead, laid out once: `BlockSparse.from_dense(down, (16, K))`.
+
     Args:
         x: [..., K] float32, float64, bfloat16 or float16; any number of rows M, also none.
         down: [R, K], x's dtype; beside float32 rows also bfloat16 or float16.
-        up: [N, R], down's dtype. R may be 0.
+        up: [N, R], down's dtype and kind. R may be 0.
         bias: [N], x's dtype or up's.
         activation: None, "relu", "gelu" (exact) or "silu".
         backend: None (chosen from device and dtypes), "cpu", "cuda", "triton" or "reference". One
@@ -38,16 +46,48 @@ def low_rank_linear(
         [..., N], x's dtype; under autocast, autocast's.
 
     Raises:
-        ValueError: activation or backend is unknown, or the backend cannot run.
+        ValueError: activation or backend is unknown, the backend cannot run, or only one factor is
+            in blocks.
         RuntimeError: a tensor is not as above; it says which one and what was expected.
     """
     code = activation_code(activation)
-    rows, thin, wide, bias = autocast(x, down, up, bias)
-    assert rows is not None and thin is not None and wide is not None
-    chosen = choose("low_rank_linear", rows, {"down": thin, "up": wide}, backend)
-    if chosen == "reference":
-        return low_rank_linear_reference(rows, thin, wide, bias, activation)
-    return cast(Tensor, torch.ops.prunelm.low_rank_linear(rows, thin, wide, bias, code))
+    if isinstance(down, BlockSparse) or isinstance(up, BlockSparse):
+        if not (isinstance(down, BlockSparse) and isinstance(up, BlockSparse)):
+            raise ValueError("down, up: expected both in blocks or none, got one")
+        return _through_blocks(x, down, up, bias, activation, backend)
+    thin, wide, device = down, up, x.device.type
+    if torch.is_autocast_enabled(device):
+        x, thin, wide, bias = autocast(x, thin, wide, bias)
+    if choose("low_rank_linear", device, x, {"down": thin, "up": wide}, backend) == "reference":
+        return low_rank_linear_reference(x, thin, wide, bias, activation)
+    return cast(Tensor, _OP(x, thin, wide, bias, code))
+
+
+def _through_blocks(
+    x: Tensor,
+    down: BlockSparse,
+    up: BlockSparse,
+    bias: Tensor | None,
+    activation: str | None,
+    backend: str | None,
+) -> Tensor:
+    thin, wide, device = down.values, up.values, x.device.type
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, thin, wide, bias)
+    ):
+        middle = block_sparse_linear(x, down, backend=backend)
+        return block_sparse_linear(middle, up, bias, activation, backend)
+    if torch.is_autocast_enabled(device):
+        x, thin, wide, bias = autocast(x, thin, wide, bias)
+    if choose("low_rank_linear", device, x, {"down": thin, "up": wide}, backend) == "reference":
+        return low_rank_linear_reference(x, down.to_dense(), up.to_dense(), bias, activation)
+    return cast(
+        Tensor,
+        _OP_BLOCKS(
+            *(x, thin, down.crow, down.col, wide, up.crow, up.col, bias),
+            *(down.shape[0], up.shape[0], activation_code(activation)),
+        ),
+    )
 
 
 def low_rank_linear_reference(
@@ -65,6 +105,23 @@ def low_rank_linear_reference(
 @torch.library.register_fake("prunelm::low_rank_linear")
 def _fake(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], up.shape[0]))
+
+
+@torch.library.register_fake("prunelm::low_rank_linear_blocks")
+def _fake_blocks(
+    x: Tensor,
+    down_values: Tensor,
+    down_crow: Tensor,
+    down_col: Tensor,
+    up_values: Tensor,
+    up_crow: Tensor,
+    up_col: Tensor,
+    bias: Tensor | None,
+    rank: int,
+    out_features: int,
+    activation: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

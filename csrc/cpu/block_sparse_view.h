@@ -1,0 +1,94 @@
+// From the tensors of a block-sparse weight to a view that the loops take, and one pass over it.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include "check.h"
+#include "cpu/block_sparse_linear.h"
+#include "cpu/instruction_set.h"
+#include "cpu/linear.h"
+#include "cpu/scratch.h"
+
+namespace prunelm {
+
+inline const BlockSparseLoops& block_sparse_loops() {
+#if defined(__x86_64__)
+  if (instruction_set() == InstructionSet::avx2) return avx2::block_sparse_loops;
+#endif
+  return portable::block_sparse_loops;
+}
+
+// Contents of crow and col; without these checks a damaged file would make the loops read anywhere.
+inline void check_pattern(const Tensor& crow, const Tensor& col, int64_t block_columns) {
+  const auto* start = static_cast<const int32_t*>(crow.data_ptr());
+  const auto* column = static_cast<const int32_t*>(col.data_ptr());
+  const int64_t rows = crow.size(0) - 1, nnz = col.size(0);
+  bool good = start[0] == 0 && start[rows] == nnz;
+  for (int64_t r = 0; r < rows; ++r) good &= start[r] <= start[r + 1];
+  if (!good) refuse("crow", "0 to nnz, never falling", "something else");
+  for (int64_t r = 0; r < rows; ++r) {
+    if (start[r] == start[r + 1]) continue;
+    good &= column[start[r]] >= 0 && column[start[r + 1] - 1] < block_columns;
+    for (int64_t j = start[r] + 1; j < start[r + 1]; ++j) good &= column[j - 1] < column[j];
+  }
+  if (!good) {
+    refuse("col", "columns in [0, " + std::to_string(block_columns) + "), ascending in each row",
+           "something else");
+  }
+}
+
+// The blocks themselves where bn is fastest in memory, else a copy in which it is.
+inline Tensor bn_fastest(const Tensor& values) {
+  const int64_t nnz = values.size(0), bn = values.size(1), bk = values.size(2);
+  const bool as_read = (bn == 1 || values.stride(1) == 1) && (bk == 1 || values.stride(2) == bn) &&
+                       (nnz <= 1 || values.stride(0) == bn * bk);
+  return as_read ? values : torch::stable::contiguous(torch::stable::transpose(values, 1, 2));
+}
+
+inline BlockSparseView block_sparse_view(const Tensor& blocks, const BlockSparseShape& s,
+                                         const Tensor& crow, const Tensor& col) {
+  check_pattern(crow, col, (s.K + s.bk - 1) / s.bk);
+  return {blocks.data_ptr(),
+          number_of("values", blocks),
+          static_cast<const int32_t*>(crow.data_ptr()),
+          static_cast<const int32_t*>(col.data_ptr()),
+          s.N,
+          s.K,
+          s.bn,
+          s.bk};
+}
+
+// run(begin, end) on lines of blocks, threads getting equal shares of the stored blocks. A line's
+// own result counts as one more block, so that empty lines are shared out too.
+template <typename Run>
+void over_lines(const int32_t* start, int64_t count, double multiply_adds_per_block, Run run) {
+  const auto first = [&](int64_t share) {
+    int64_t low = 0, high = count;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (start[middle] + middle < share) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  };
+  torch::stable::parallel_for(0, start[count] + count, grain(multiply_adds_per_block),
+                              [&](int64_t begin, int64_t end) { run(first(begin), first(end)); });
+}
+
+// y = activation(x @ weight.T + bias) for at most kPassRows rows.
+inline void block_sparse_pass(const BlockSparseView& weight, const MatrixView& x,
+                              const LinearResult& y, Scratch& scratch) {
+  const BlockSparseLoops& loops = block_sparse_loops();
+  void* const packed =
+      scratch.reserve(loops.pack_size(weight, x.rows) * compute_bytes(weight.number));
+  torch::stable::parallel_for(
+      0, loops.pack_groups(weight, x.rows), grain(64.0 * weight.K),
+      [&](int64_t begin, int64_t end) { loops.pack(weight, x, begin, end, packed); });
+  over_lines(weight.crow, weight.block_rows(), double(weight.bn * weight.bk * x.rows),
+             [&](int64_t begin, int64_t end) { loops.forward(weight, packed, begin, end, y); });
+}
+
+}  // namespace prunelm
