@@ -64,25 +64,28 @@ int32_t PrefixTree::child(int32_t parent, int32_t token) {
 }
 
 void PrefixTree::drop(int32_t node) {
-  if (--nodes_[node].refs > 0) return;
   nodes_[node].unused_since = now_;
-  unused_.emplace_back(node, now_);
+  if (--nodes_[node].refs == 0) unused_.emplace_back(node, now_);
 }
 
 void PrefixTree::sweep() {
   while (!unused_.empty() && unused_.front().second + kLinger <= now_) {
-    const auto [node, since] = unused_.front();
+    auto [node, since] = unused_.front();
     unused_.pop_front();
-    Node& dead = nodes_[node];
-    if (dead.refs > 0 || dead.unused_since != since) continue;  // it came back
-    children_.erase(edge(dead.parent, dead.token));
-    if (dead.row >= 0) free_rows_.push_back(dead.row);
-    free_nodes_.push_back(node);
-    dead.unused_since = -1;
-    dead.row = -1;
-    const int32_t parent = dead.parent;
-    dead.parent = -1;
-    drop(parent);
+    // Held again, or freed by an earlier entry, or left anew: then a later entry has it.
+    if (nodes_[node].refs > 0 || nodes_[node].unused_since != since) continue;
+    // Upwards as long as nothing else holds the parent and no hypothesis left it just now.
+    do {
+      Node& dead = nodes_[node];
+      children_.erase(edge(dead.parent, dead.token));
+      if (dead.row >= 0) free_rows_.push_back(dead.row);
+      free_nodes_.push_back(node);
+      const int32_t parent = dead.parent;
+      dead = Node{};
+      node = parent;
+      --nodes_[node].refs;
+    } while (nodes_[node].refs == 0 && nodes_[node].unused_since + kLinger <= now_);
+    if (nodes_[node].refs == 0) unused_.emplace_back(node, nodes_[node].unused_since = now_);
   }
 }
 

@@ -75,9 +75,9 @@ class PrefixTree {
     int32_t parent = -1;
     int32_t token = 0;
     int32_t depth = 0;
-    int32_t row = -1;  // language model slot
-    int32_t refs = 0;  // children and live hypotheses
-    int64_t unused_since = -1;
+    int32_t row = -1;           // language model slot
+    int32_t refs = 0;           // children and live hypotheses
+    int64_t unused_since = -1;  // when a hypothesis last left it
     bool handed_out = false;
   };
   struct Trace {

@@ -1,39 +1,55 @@
 """Models whose rows do not depend on their number, so that a batch changes no bit of a result."""
 
-import weakref
+import copy
 from typing import TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
-from prunelm.nn import accelerate
+from prunelm.nn import BlockSparseLinear
 
 Model = TypeVar("Model")
-_State = tuple[tuple[int, int], ...]
-
-# Copies live as long as their models, and are made again when a parameter was written to.
-_copies: "weakref.WeakKeyDictionary[nn.Module, tuple[_State, nn.Module]]" = (
-    weakref.WeakKeyDictionary()
-)
 
 
 def row_independent(model: Model) -> Model:
     """The model with its torch linears replaced, whose results depend on how many rows they get.
 
-    The copy is kept for the next call. Models without an nn.Linear on the CPU, which those from
-    `prunelm.accelerate(model, dense=True)` are, come back as they are.
+    A shallow copy for one search: it shares the parameters, and lays a weight out anew when it is
+    first used. `prunelm.accelerate(model, dense=True)` does so once and for all; what comes from
+    there, and what holds no nn.Linear on the CPU, is returned as it is.
     """
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module) or not any(map(_replaced, model.modules())):
         return model
-    linears = [each for each in model.modules() if type(each) is nn.Linear]
-    if not any(each.weight.device.type == "cpu" for each in linears):
-        return model
-    state = tuple(map(_version, model.parameters()))
-    kept = _copies.get(model)
-    if kept is None or kept[0] != state:
-        kept = (state, accelerate(model, dense=True))
-        _copies[model] = kept
-    return cast(Model, kept[1])
+    return cast(Model, _shallow_copy(model))
 
 
-def _version(parameter: Tensor) -> tuple[int, int]:
-    return parameter.data_ptr(), -1 if parameter.is_inference() else parameter._version
+class _PackedLinear(nn.Module):
+    """An nn.Linear through `ops.block_sparse_linear` at full density, packed at the first call."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.packed: BlockSparseLinear | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed is None:
+            N, K = self.linear.weight.shape
+            every = torch.ones(-(-N // 16), 1, dtype=torch.bool)
+            self.packed = BlockSparseLinear.from_linear(self.linear, (16, K), every)
+        y: Tensor = self.packed(x)
+        return y
+
+
+def _replaced(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and module.weight.device.type == "cpu"
+
+
+def _shallow_copy(module: nn.Module) -> nn.Module:
+    if _replaced(module):
+        return _PackedLinear(cast(nn.Linear, module))
+    if not any(map(_replaced, module.modules())):
+        return module
+    shallow = copy.copy(module)
+    children = {name: child and _shallow_copy(child) for name, child in module._modules.items()}
+    shallow.__dict__["_modules"] = children
+    return shallow
