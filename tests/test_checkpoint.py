@@ -43,6 +43,7 @@ def test_a_model_comes_back(folder: Path, model: TransformerLM, tokenizer: Token
     assert all(torch.equal(x, wanted[name]) for name, x in again.state_dict().items())
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["model.json", "model.safetensors", "tokenizer.model"]
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
 
 
 def test_half_precision_takes_half_the_space(

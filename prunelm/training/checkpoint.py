@@ -45,7 +45,7 @@ def save_model(
     Raises:
         ValueError: another kind of model, another vocabulary, or a weight that `dtype` cannot hold.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     kind = _kind(model)
     config = model.config
@@ -62,7 +62,7 @@ def save_model(
         weights[name] = stored.contiguous()
     folder = Path(folder)
     with replace_file(folder / "model.safetensors") as temporary:
-        save_file(weights, temporary)
+        temporary.write_bytes(save(weights))  # save_file would make it readable by its owner only
         digest = _digest(temporary)
     tokenizer.save(folder / "tokenizer.model")
     values = {
