@@ -44,20 +44,21 @@ class Finetune:
     """Fine-tuning by `training.loop.train`, with distillation from the dense model if asked.
 
     Args:
-        steps: for one target; its rounds share them equally, so that schedules compare at equal
-            cost. The learning rate starts anew in each round.
+        steps: for one target, shared by its rounds, so that schedules compare at equal cost. The
+            learning rate starts anew in each round.
         lr: highest learning rate.
         distill: weight of the dense model's logits in the loss, 0 to 1, where the model maps
             tokens [B, L] to logits [B, L, V]; other parts of a loss of your own then do not count.
         temperature: of the distillation.
-        last: the last round's share of the steps, where there are several; None: an equal share.
+        last: the last round's share of the steps, where there are several: the final shape heals
+            longest. None: all rounds get the same.
     """
 
     steps: int = 200
     lr: float = 1e-3
     distill: float = 0.0
     temperature: float = 2.0
-    last: float | None = None
+    last: float | None = 0.5
     weight_decay: float = 0.01
     bf16: bool = False
 
