@@ -11,7 +11,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -22,7 +21,11 @@
 #include <thread>
 #include <vector>
 
-#ifndef CUDA_EMULATION_THREADS
+#ifdef CUDA_EMULATION_THREADS
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
 #include <ucontext.h>
 #endif
 
@@ -57,44 +60,43 @@ inline Fiber* running = nullptr;
 
 #endif
 
-// Orders its own threads and no others: std::barrier shares state between barriers, which hides
-// races from ThreadSanitizer.
+// Who waits learns from the one who arrives last, and from nobody else: std::barrier shares state
+// between barriers and a mutex is passed from waiter to waiter, either of which hides races from
+// ThreadSanitizer.
 class Barrier {
  public:
-  explicit Barrier(int64_t count) : count_(count) {}
+  explicit Barrier(int count) : count_(count), missing_(count) {}
 
   void arrive_and_wait() {
-    std::unique_lock lock(mutex_);
-    ++arrived_;
-    const int64_t round = round_;
-    if (release()) return;
+    const int round = round_.load(std::memory_order_relaxed);
+    if (arrive()) return;
 #ifdef CUDA_EMULATION_THREADS
-    released_.wait(lock, [&] { return round != round_; });
+    while (round_.load(std::memory_order_acquire) == round) {
+      syscall(SYS_futex, &round_, FUTEX_WAIT_PRIVATE, round, nullptr, nullptr, 0);
+    }
 #else
-    lock.unlock();
     running->blocked = [this, round] { return round == round_; };
     swapcontext(&running->context, &scheduler);
 #endif
   }
 
   void leave() {
-    std::lock_guard lock(mutex_);
     --count_;
-    release();
+    arrive();
   }
 
  private:
-  bool release() {
-    if (arrived_ < count_) return false;
-    arrived_ = 0;
-    ++round_;
-    released_.notify_all();
+  bool arrive() {
+    if (missing_.fetch_sub(1, std::memory_order_acq_rel) > 1) return false;
+    missing_.store(count_, std::memory_order_relaxed);
+    round_.fetch_add(1, std::memory_order_release);
+#ifdef CUDA_EMULATION_THREADS
+    syscall(SYS_futex, &round_, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+#endif
     return true;
   }
 
-  std::mutex mutex_;
-  std::condition_variable released_;
-  int64_t count_, arrived_ = 0, round_ = 0;
+  std::atomic<int> count_, missing_, round_ = 0;
 };
 
 struct Warp {
