@@ -3,10 +3,12 @@
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Fills memory from torch.empty with NaN, in Python and in compiled ops, so that a kernel which
 # leaves an element unwritten is caught.

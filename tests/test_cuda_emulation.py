@@ -70,6 +70,30 @@ def test_block_sparse_linear(
     assert_accurate(y, truth, x.double().abs() @ dense.abs().T + bias.abs())
 
 
+@pytest.mark.parametrize(
+    "M, K, N, block, keep",
+    [
+        pytest.param(5, 37, 51, (16, 4), 0.4, id="ragged"),
+        pytest.param(3, 13, 7, (1, 1), 0.3, id="elements"),
+        pytest.param(4, 20, 33, (7, 3), 0.0, id="all-pruned"),
+        pytest.param(0, 8, 9, (4, 4), 0.5, id="no-rows"),
+    ],
+)
+def test_block_sparse_linear_gradients(
+    kernels: Kernels, M: int, K: int, N: int, block: tuple[int, int], keep: float
+) -> None:
+    weight = random_blocks(N, K, block, keep)
+    x, grad = torch.randn(M, K), torch.randn(M, N)
+    stored = (weight.values, weight.crow, weight.col)
+    got = kernels.block_sparse_linear_gradients(grad, x, *stored)
+    x = x.double().requires_grad_()
+    values = weight.values.double().requires_grad_()
+    wide = BlockSparse(values, weight.crow, weight.col, (N, K))
+    expected = torch.autograd.grad(x @ wide.to_dense().T, (x, values), grad.double())
+    for one, truth in zip(got, expected, strict=True):
+        torch.testing.assert_close(one.double(), truth, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "M, K, R, N, activation",

@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from prunelm import ops
 from prunelm.ops.beam_step import beam_step_reference
 from prunelm.ops.block_sparse_linear import block_sparse_linear_reference
 from prunelm.ops.low_rank_linear import low_rank_linear_reference
@@ -127,6 +128,40 @@ def test_nan_infinity_and_dead_slots_touch_their_own_hypothesis_only(prune: str)
     inputs["am_logits"][3, 0, :38] = -torch.inf
     inputs["score"][4] = -torch.inf
     assert_same_step({**inputs, "prune": prune})
+
+
+def test_gradients_and_compile_go_through_the_backend() -> None:
+    """Forward in Triton; backward is shared with the other backends."""
+    mask = torch.rand(3, 4) < 0.6
+    weight = BlockSparse.from_dense(torch.randn(40, 30), (16, 8), mask)
+    x, down, up = torch.randn(2, 3, 30), torch.randn(9, 30), torch.randn(40, 9)
+    values, bias = weight.values, torch.randn(40)
+    leaves = [t.requires_grad_() for t in (x, values, bias, down, up)]
+
+    def run(backend: str) -> torch.Tensor:
+        blocks = BlockSparse(values, weight.crow, weight.col, weight.shape)
+        y = ops.block_sparse_linear(x, blocks, bias, "gelu", backend=backend)
+        return y * ops.low_rank_linear(x, down, up, bias, "silu", backend=backend)
+
+    expected = torch.autograd.grad(run("reference").square().mean(), leaves)
+    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        got = torch.autograd.grad(function("triton").square().mean(), leaves)
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+    inputs = beam_inputs(1, 3, 20, 1)
+    inputs["am_logits"].requires_grad_()
+    scores = [ops.beam_step(**inputs, backend=name).score for name in ("triton", "reference")]
+    gradients = [torch.autograd.grad(s.sum(), inputs["am_logits"])[0] for s in scores]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+def test_a_backend_that_cannot_run_says_why() -> None:
+    weight = torch.ones(2, 2, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"triton cannot run low_rank_linear: x: expected"):
+        ops.low_rank_linear(weight, weight, weight, backend="triton")
+    with pytest.raises(ValueError, match=r"cuda cannot run low_rank_linear: .*x: expected"):
+        ops.low_rank_linear(weight, weight, weight, backend="cuda")
 
 
 COMPILE = """

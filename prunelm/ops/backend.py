@@ -1,14 +1,21 @@
 """Which implementation of a linear op runs, and why the others do not."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import prunelm._C
+
 BACKENDS = ("cpu", "cuda", "triton", "reference")  # in the order in which they are preferred
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WITH_CUDA = bool(prunelm._C.build_information()["cuda"])
+WITH_TRITON = find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -36,21 +43,46 @@ class Explanation:
 def refusals(op: str, x: Tensor, weights: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
     """All reasons for which a backend cannot run an op on these tensors; {} if all can."""
     reasons: dict[str, list[str]] = {name: [] for name in BACKENDS}
-    for native in ("cuda", "triton"):
-        reasons[native].append(f"{op} has no {native} kernel in this version")
+    if not WITH_CUDA:
+        reasons["cuda"].append("the extension was built without CUDA")
+    if not WITH_TRITON:
+        reasons["triton"].append("triton is not installed")
     tensors = {"x": x, **weights}
-    for backend, device in (("cpu", "cpu"), ("cuda", "cuda"), ("triton", "cuda")):
+    interpreted = x.device.type == "cpu" and triton_is_interpreted()
+    for backend, device, dtypes in (
+        ("cpu", "cpu", DTYPES),
+        ("cuda", "cuda", GPU_DTYPES),
+        ("triton", "cpu" if interpreted else "cuda", GPU_DTYPES[:1] if interpreted else GPU_DTYPES),
+    ):
         for name, tensor in tensors.items():
             if tensor.device.type != device:
                 reasons[backend].append(f"{name}: expected a {device} tensor, got {tensor.device}")
-            if tensor.dtype not in DTYPES:
-                reasons[backend].append(f"{name}: expected a floating dtype, got {tensor.dtype}")
+            if tensor.dtype not in dtypes:
+                reasons[backend].append(
+                    f"{name}: expected one of {_names(dtypes)}, got {tensor.dtype}"
+                )
     for name, tensor in weights.items():
-        if tensor.dtype != x.dtype and not _widens(tensor.dtype, x.dtype):
+        if tensor.dtype == x.dtype:
+            continue
+        for backend in ("cuda", "triton"):
+            reasons[backend].append(f"{name}: expected x's {x.dtype}, got {tensor.dtype}")
+        if not _widens(tensor.dtype, x.dtype):
             reasons["cpu"].append(
                 f"{name}: expected x's {x.dtype}, or 16 bits beside float32, got {tensor.dtype}"
             )
+    if not WITH_CUDA and x.device.type == "cuda" and torch.is_grad_enabled():
+        if any(tensor.requires_grad for tensor in tensors.values()):
+            reasons["triton"].append(f"gradients of {op} need the extension built with CUDA")
     return {name: tuple(why) for name, why in reasons.items() if why}
+
+
+def triton_is_interpreted() -> bool:
+    """Whether Triton kernels run on CPU tensors, for tests; set before triton is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def _widens(weight: torch.dtype, x: torch.dtype) -> bool:

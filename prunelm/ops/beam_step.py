@@ -1,16 +1,17 @@
 """One step of a transducer beam search with language-model fusion, for all utterances at once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from prunelm.ops import _library  # noqa: F401  (loads the extension)
+from prunelm.ops.backend import WITH_CUDA, WITH_TRITON, triton_is_interpreted
 
 Term = tuple[Tensor, Tensor, Tensor]
 Prune = Literal["late", "early", "after"]
-Backend = Literal["reference", "cpu"]
+Backend = Literal["reference", "cpu", "cuda", "triton"]
 
 EXPAND, BLANK_ONLY, KEEP, DEAD = range(4)
 _LEAST_NOT_BLANK = 0.01  # NeMo's clamp of 1 - P(blank)
@@ -78,7 +79,7 @@ def beam_step(
         token_reward: [B] or a number.
         temperature: above 0.
         blank_penalty: subtracted from blank's logit.
-        backend: None (chosen), "reference" or "cpu".
+        backend: None (chosen from the device), "cpu", "cuda", "triton" or "reference".
 
     Returns:
         score [B, W]; parent [B, W] int64, the hypothesis extended; token [B, W] int64;
@@ -90,18 +91,13 @@ def beam_step(
         ValueError: the backend or `prune` is unknown, or the backend cannot run this.
         RuntimeError: a shape, dtype or index is not as above.
     """
-    if backend not in (None, "reference", "cpu"):
-        raise ValueError(f"backend: expected None, 'reference' or 'cpu', got {backend!r}")
     if prune not in ("late", "early", "after"):
         raise ValueError(f"prune: expected late, early or after, got {prune!r}")
-    on_cpu = am_logits.device.type == "cpu"
-    if backend == "cpu" and not on_cpu:
-        raise ValueError(f"backend: 'cpu' expected tensors on the CPU, got {am_logits.device}")
+    run = _runner(am_logits.device, backend)
     if am_logits.dtype in (torch.float16, torch.bfloat16):
         am_logits = am_logits.float()
     if isinstance(token_reward, (int, float)):
         token_reward = score.new_full(score.shape[:1], token_reward) if token_reward else None
-    run = torch.ops.prunelm.beam_step if on_cpu and backend != "reference" else _reference
     out = run(
         score.contiguous(),
         am_logits.contiguous(),
@@ -117,6 +113,31 @@ def beam_step(
         weigh_blank,
     )
     return BeamStep(*out)
+
+
+def _runner(device: torch.device, backend: Backend | None) -> Callable[..., tuple[Tensor, ...]]:
+    """What runs on a device; a backend asked for by name runs or is refused with its reason."""
+    native: Callable[..., tuple[Tensor, ...]] = torch.ops.prunelm.beam_step
+    if backend is None:
+        return (
+            native if device.type == "cpu" or (device.type == "cuda" and WITH_CUDA) else _reference
+        )
+    if backend == "reference":
+        return _reference
+    if backend not in ("cpu", "cuda", "triton"):
+        raise ValueError(
+            f"backend: expected None, 'cpu', 'cuda', 'triton' or 'reference', got {backend!r}"
+        )
+    needed = "cpu" if backend == "cpu" else "cuda"
+    if backend == "triton" and triton_is_interpreted():
+        needed = device.type
+    if device.type != needed:
+        raise ValueError(f"backend: {backend!r} expected {needed} tensors, got {device}")
+    if backend == "cuda" and not WITH_CUDA:
+        raise ValueError("backend: 'cuda' expected an extension built with CUDA, got one without")
+    if backend == "triton" and not WITH_TRITON:
+        raise ValueError("backend: 'triton' expected triton, which is not installed")
+    return torch.ops.prunelm.beam_step_triton if backend == "triton" else native
 
 
 def beam_step_reference(
@@ -248,6 +269,39 @@ def _best(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values[..., :count], index[..., :count]
 
 
+@torch.library.custom_op("prunelm::beam_step_triton", mutates_args=())
+def _triton(
+    score: Tensor,
+    am_logits: Tensor,
+    rows: Sequence[Tensor],
+    row: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    slot: Tensor | None,
+    silent: Sequence[int],
+    token_reward: Tensor | None,
+    temperature: float,
+    blank_penalty: float,
+    prune: str,
+    weigh_blank: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from prunelm.triton_kernels.beam_step import beam_step as launch
+
+    out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = launch(
+        score,
+        am_logits,
+        list(zip(rows, row, weight, strict=True)),
+        slot=slot,
+        silent=silent,
+        token_reward=token_reward,
+        temperature=temperature,
+        blank_penalty=blank_penalty,
+        prune=prune,
+        weigh_blank=weigh_blank,
+    )
+    return out
+
+
+@_triton.register_fake
 @torch.library.register_fake("prunelm::beam_step")
 def _fake(
     score: Tensor,
@@ -335,4 +389,5 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     return grad_old, grad_logits, grad_rows, [None] * n, grad_weight, *rest
 
 
-torch.library.register_autograd("prunelm::beam_step", _backward, setup_context=_save)
+for _op in ("prunelm::beam_step", "prunelm::beam_step_triton"):
+    torch.library.register_autograd(_op, _backward, setup_context=_save)

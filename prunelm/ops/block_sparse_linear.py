@@ -1,5 +1,6 @@
 """Linear layer with a block-sparse weight: the contract, its reference, its gradient."""
 
+import math
 from typing import Any, cast
 
 import torch
@@ -7,7 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prunelm.ops import _library  # noqa: F401  (loads the extension)
-from prunelm.ops.activation import activate, activation_code, activation_gradient
+from prunelm.ops.activation import (
+    ACTIVATIONS,
+    activate,
+    activation_code,
+    activation_gradient,
+)
 from prunelm.ops.backend import autocast, choose
 from prunelm.sparse import BlockSparse
 
@@ -52,10 +58,12 @@ def block_sparse_linear(
     values, device = weight.values, x.device.type
     if torch.is_autocast_enabled(device):
         x, values, bias = autocast(x, values, bias)
-    if choose("block_sparse_linear", device, x, {"values": values}, backend) == "reference":
+    chosen = choose("block_sparse_linear", device, x, {"values": values}, backend)
+    if chosen == "reference":
         stored = BlockSparse(values, weight.crow, weight.col, weight.shape)
         return block_sparse_linear_reference(x, stored, bias, activation)
-    return cast(Tensor, _OP(x, values, weight.crow, weight.col, bias, weight.shape[0], code))
+    run = _triton if chosen == "triton" else _OP
+    return cast(Tensor, run(x, values, weight.crow, weight.col, bias, weight.shape[0], code))
 
 
 def block_sparse_linear_reference(
@@ -66,6 +74,31 @@ def block_sparse_linear_reference(
     return activate(F.linear(x, weight.to_dense().to(x.dtype), bias), activation)
 
 
+@torch.library.custom_op("prunelm::block_sparse_linear_triton", mutates_args=())
+def _triton(
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    activation: int,
+) -> Tensor:
+    from prunelm.triton_kernels.block_sparse_linear import block_sparse_linear as launch
+
+    y: Tensor = launch(
+        x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous(),
+        values.transpose(1, 2).contiguous().transpose(1, 2),
+        crow,
+        col,
+        bias,
+        out_features=out_features,
+        activation=ACTIVATIONS[activation],
+    )
+    return y.view(*x.shape[:-1], out_features)
+
+
+@_triton.register_fake
 @torch.library.register_fake("prunelm::block_sparse_linear")
 def _fake(
     x: Tensor,
@@ -121,4 +154,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_values, None, None, grad_bias, None, None
 
 
-torch.library.register_autograd("prunelm::block_sparse_linear", _backward, setup_context=_save)
+for _op in ("prunelm::block_sparse_linear", "prunelm::block_sparse_linear_triton"):
+    torch.library.register_autograd(_op, _backward, setup_context=_save)

@@ -1,5 +1,6 @@
 """Linear layer whose weight is a product of two thin factors: contract, reference, gradient."""
 
+import math
 from typing import Any, cast
 
 import torch
@@ -7,7 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prunelm.ops import _library  # noqa: F401  (loads the extension)
-from prunelm.ops.activation import activate, activation_code, activation_gradient
+from prunelm.ops.activation import (
+    ACTIVATIONS,
+    activate,
+    activation_code,
+    activation_gradient,
+)
 from prunelm.ops.backend import autocast, choose
 from prunelm.ops.block_sparse_linear import block_sparse_linear
 from prunelm.sparse import BlockSparse
@@ -58,9 +64,11 @@ def low_rank_linear(
     thin, wide, device = down, up, x.device.type
     if torch.is_autocast_enabled(device):
         x, thin, wide, bias = autocast(x, thin, wide, bias)
-    if choose("low_rank_linear", device, x, {"down": thin, "up": wide}, backend) == "reference":
+    chosen = choose("low_rank_linear", device, x, {"down": thin, "up": wide}, backend)
+    if chosen == "reference":
         return low_rank_linear_reference(x, thin, wide, bias, activation)
-    return cast(Tensor, _OP(x, thin, wide, bias, code))
+    run = _triton if chosen == "triton" else _OP
+    return cast(Tensor, run(x, thin, wide, bias, code))
 
 
 def _through_blocks(
@@ -72,9 +80,11 @@ def _through_blocks(
     backend: str | None,
 ) -> Tensor:
     thin, wide, device = down.values, up.values, x.device.type
-    if torch.is_grad_enabled() and any(
+    on_gpu = backend in ("cuda", "triton") or (backend is None and device == "cuda")
+    needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, thin, wide, bias)
-    ):
+    )
+    if on_gpu or needs_grad:
         middle = block_sparse_linear(x, down, backend=backend)
         return block_sparse_linear(middle, up, bias, activation, backend)
     if torch.is_autocast_enabled(device):
@@ -102,6 +112,17 @@ def low_rank_linear_reference(
     return activate(F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype), bias), activation)
 
 
+@torch.library.custom_op("prunelm::low_rank_linear_triton", mutates_args=())
+def _triton(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: int) -> Tensor:
+    from prunelm.triton_kernels.low_rank_linear import low_rank_linear as launch
+
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
+    factors = (down.contiguous(), up.contiguous())
+    y: Tensor = launch(rows, *factors, bias, activation=ACTIVATIONS[activation])
+    return y.view(*x.shape[:-1], up.shape[0])
+
+
+@_triton.register_fake
 @torch.library.register_fake("prunelm::low_rank_linear")
 def _fake(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], up.shape[0]))
@@ -150,4 +171,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_down, grad_up, grad_bias, None
 
 
-torch.library.register_autograd("prunelm::low_rank_linear", _backward, setup_context=_save)
+for _op in ("prunelm::low_rank_linear", "prunelm::low_rank_linear_triton"):
+    torch.library.register_autograd(_op, _backward, setup_context=_save)

@@ -5,11 +5,19 @@ using namespace prunelm::cuda;
 
 extern "C" {
 int64_t size_of_block_sparse_linear() { return sizeof(BlockSparseLinear); }
+int64_t size_of_block_sparse_linear_grad_x() { return sizeof(BlockSparseGradient); }
+int64_t size_of_block_sparse_linear_grad_values() { return sizeof(BlockSparseGradient); }
 int64_t size_of_low_rank_linear() { return sizeof(LowRankLinear); }
 int64_t size_of_beam_step() { return sizeof(BeamStep); }
 
 const char* block_sparse_linear(const BlockSparseLinear* op, int dtype, int activation) {
   return launch_block_sparse_linear(*op, DType(dtype), Activation(activation), nullptr);
+}
+const char* block_sparse_linear_grad_x(const BlockSparseGradient* op) {
+  return launch_block_sparse_linear_grad_x(*op, nullptr);
+}
+const char* block_sparse_linear_grad_values(const BlockSparseGradient* op) {
+  return launch_block_sparse_linear_grad_values(*op, nullptr);
 }
 const char* low_rank_linear(const LowRankLinear* op, int dtype, int activation) {
   return launch_low_rank_linear(*op, DType(dtype), Activation(activation), nullptr);

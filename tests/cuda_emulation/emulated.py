@@ -34,6 +34,9 @@ def _structure(name: str, pointers: str, numbers: str) -> type[ctypes.Structure]
 
 # The structs of csrc/cuda/launch.h, field by field.
 BlockSparseLinear = _structure("BlockSparseLinear", "x values crow col bias y", "M K N bn bk")
+BlockSparseGradient = _structure(
+    "BlockSparseGradient", "grad x values crow col out", "M K N bn bk nnz"
+)
 LowRankLinear = _structure("LowRankLinear", "x down up bias y", "M K N R")
 
 
@@ -74,6 +77,8 @@ class Kernels:
         self._library = ctypes.CDLL(str(library))
         for name, structure in (
             ("block_sparse_linear", BlockSparseLinear),
+            ("block_sparse_linear_grad_x", BlockSparseGradient),
+            ("block_sparse_linear_grad_values", BlockSparseGradient),
             ("low_rank_linear", LowRankLinear),
             ("beam_step", BeamStep),
         ):
@@ -104,6 +109,19 @@ class Kernels:
         codes = DTYPES.index(x.dtype), ACTIVATIONS.index(activation)
         self._launch("block_sparse_linear", op, *codes)
         return y
+
+    def block_sparse_linear_gradients(
+        self, grad: Tensor, x: Tensor, values: Tensor, crow: Tensor, col: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients to x [M, K] and to values [nnz, bn, bk]."""
+        nnz, bn, bk = values.shape
+        grad_x, grad_values = torch.empty_like(x), x.new_empty(nnz, bk, bn)
+        sizes = (*x.shape, grad.shape[1], bn, bk, nnz)
+        for name, out in (("x", grad_x), ("values", grad_values)):
+            tensors = (grad, x, values, crow, col, out)
+            op = BlockSparseGradient(*map(_pointer, tensors), *sizes)
+            self._launch(f"block_sparse_linear_grad_{name}", op)
+        return grad_x, grad_values.transpose(1, 2)
 
     def low_rank_linear(
         self,

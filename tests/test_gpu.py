@@ -1,0 +1,120 @@
+"""On an NVIDIA GPU: the CUDA and Triton backends agree with float64."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from prunelm import ops
+from prunelm.ops.backend import WITH_CUDA, WITH_TRITON
+from prunelm.sparse import BlockSparse
+
+BACKENDS = [
+    pytest.param("cuda", marks=pytest.mark.skipif(not WITH_CUDA, reason="built without CUDA")),
+    pytest.param("triton", marks=pytest.mark.skipif(not WITH_TRITON, reason="no triton")),
+]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+pytestmark = pytest.mark.gpu
+
+
+def assert_accurate(y: torch.Tensor, dense: torch.Tensor, truth: torch.Tensor) -> None:
+    """The error against float64 is at most twice that of torch's dense op in the same dtype."""
+    floor = torch.finfo(y.dtype).eps * truth.abs().max()
+    allowed = 2 * (dense.double() - truth).abs().max() + floor
+    error = (y.double() - truth).abs().max()
+    assert bool(error <= allowed), f"error {error}, allowed {allowed}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "M, K, N, block",
+    [
+        pytest.param(1, 512, 512, (16, 16), id="one-row"),
+        pytest.param(77, 130, 259, (16, 4), id="ragged"),
+        pytest.param(200, 300, 520, (128, 128), id="large-blocks"),
+        pytest.param(5, 33, 65, (1, 1), id="elements"),
+        pytest.param(0, 32, 32, (16, 16), id="no-rows"),
+    ],
+)
+def test_block_sparse_linear(
+    backend: str, dtype: torch.dtype, M: int, K: int, N: int, block: tuple[int, int]
+) -> None:
+    mask = torch.rand(-(-N // block[0]), -(-K // block[1])) < 0.5
+    weight = BlockSparse.from_dense(torch.randn(N, K, dtype=dtype, device="cuda"), block, mask)
+    x = torch.randn(M, K, dtype=dtype, device="cuda")
+    bias = torch.randn(N, dtype=dtype, device="cuda")
+    y = ops.block_sparse_linear(x, weight, bias, "gelu", backend=backend)
+    assert y.shape == (M, N)
+    if M == 0:
+        return
+    dense = weight.to_dense()
+    truth = torch.nn.functional.gelu(x.double() @ dense.double().T + bias.double())
+    assert_accurate(y, torch.nn.functional.gelu(x @ dense.T + bias), truth)
+    one_by_one = [ops.block_sparse_linear(r, weight, bias, "gelu", backend=backend) for r in x[:3]]
+    assert torch.equal(y[:3], torch.stack(one_by_one)), "a row depends on M"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("M, K, R, N", [(1, 512, 64, 512), (77, 130, 33, 259), (0, 8, 4, 8)])
+def test_low_rank_linear(backend: str, dtype: torch.dtype, M: int, K: int, R: int, N: int) -> None:
+    x = torch.randn(M, K, dtype=dtype, device="cuda")
+    down = torch.randn(R, K, dtype=dtype, device="cuda")
+    up = torch.randn(N, R, dtype=dtype, device="cuda")
+    y = ops.low_rank_linear(x, down, up, backend=backend)
+    assert y.shape == (M, N)
+    if M:
+        truth = x.double() @ down.double().T @ up.double().T
+        assert_accurate(y, x @ down.T @ up.T, truth)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients(backend: str) -> None:
+    mask = torch.rand(5, 9) < 0.5
+    dense = torch.randn(70, 35, device="cuda")
+    weight = BlockSparse.from_dense(dense, (16, 4), mask)
+    x = torch.randn(13, 35, device="cuda", requires_grad=True)
+    values = weight.values.requires_grad_()
+    weight = BlockSparse(values, weight.crow, weight.col, weight.shape)
+    gradients = [
+        torch.autograd.grad(
+            ops.block_sparse_linear(x, weight, None, "silu", backend=name).square().sum(),
+            (x, values),
+        )
+        for name in (backend, "reference")
+    ]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("prune", ["late", "early", "after"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("B, W, V", [(4, 4, 500), (3, 9, 37), (2, 1, 5000), (0, 2, 7)])
+def test_beam_step(backend: Any, prune: Any, B: int, W: int, V: int) -> None:
+    score = torch.randn(B, W, dtype=torch.float64)
+    am_logits = 2 * torch.randn(B, W, V, dtype=torch.float64)
+    rows = torch.randn(5, V, dtype=torch.float64).log_softmax(-1)
+    row, weight = torch.randint(5, (B, W)), torch.randn(B, dtype=torch.float64)
+    slot = torch.tensor([0, 0, 1, 2, 0, 3, 0, 1, 0])[torch.arange(B * W) % 9].view(B, W)
+    expected = ops.beam_step(score, am_logits, ((rows, row, weight),), slot=slot, prune=prune)
+    moved = (rows.cuda(), row.cuda(), weight.cuda())
+    got = ops.beam_step(
+        score.cuda(), am_logits.cuda(), (moved,), slot=slot.cuda(), prune=prune, backend=backend
+    )
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one.cpu(), other)
+
+
+def test_runs_on_the_current_stream_and_in_a_graph() -> None:
+    if not WITH_CUDA:
+        pytest.skip("built without CUDA")
+    x, down, up = (torch.randn(32, 32, device="cuda") for _ in range(3))
+    expected = ops.low_rank_linear(x, down, up, backend="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ops.low_rank_linear(x, down, up, backend="cuda")
+    y.zero_()
+    graph.replay()
+    assert torch.equal(y, expected)
