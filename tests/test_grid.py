@@ -95,7 +95,8 @@ def demo_folder(bed_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     with pytest.raises(KeyboardInterrupt):
         run_study(out, grid, data=bed_folder, progress=first, title="quick", measuring=QUICK)
     run_study(out, grid, data=bed_folder, progress=second, title="quick", measuring=QUICK)
-    assert first.said[0].startswith("LM weight ") and "all in" in second.said[-1]
+    assert first.said[0].startswith("chosen on 2 validation utterances: without LM reward ")
+    assert "all in" in second.said[-1]
     assert any("pruning to 80%, 70%, 60%" in text for text in first.under_way)
     rows = [text for text in first.said + second.said if text.startswith("[")]
     assert [row.split("]")[0] for row in rows] == [f"[{i}/11" for i in range(1, 12)]

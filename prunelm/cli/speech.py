@@ -36,6 +36,7 @@ def evaluate(
     kind: Kind = "manifest",
     split: str = "test",
     lm_weight: float = 0.3,
+    token_reward: float = 0.0,
     beam: int = 4,
     out: Path | None = None,
     threads: int | None = None,
@@ -50,6 +51,7 @@ def evaluate(
         kind: the corpus's layout.
         split: of the corpus.
         lm_weight: of the LM in fusion; choose it on another split than the one you report.
+        token_reward: added to the score for each token.
         beam: hypotheses kept by the search; 0 is greedy search.
         out: a JSON file for the numbers.
         threads: of torch; by default its own choice.
@@ -64,7 +66,7 @@ def evaluate(
             raise ValueError("lm: expected a folder to go with the text, got none")
         found["lm"] = _predict(lm, model, tokenizer, text)
     if corpus is not None:
-        how = Searching(beam, lm_weight)
+        how = Searching(beam, lm_weight, token_reward)
         found["speech"] = _hear(_recogniser(recogniser, tokenizer), model, corpus, kind, split, how)
     if out is not None:
         write_json(out, found)
@@ -78,6 +80,7 @@ def decode(
     split: str = "test",
     lm: Path | None = None,
     lm_weight: float = 0.3,
+    token_reward: float = 0.0,
     beam: int = 4,
     nbest: int = 1,
     out: Path | None = None,
@@ -93,6 +96,7 @@ def decode(
         split: of the corpus.
         lm: folder of a language model to fuse.
         lm_weight: of the LM in fusion.
+        token_reward: added to the score for each token.
         beam: hypotheses kept by the search; 0 is greedy search.
         nbest: hypotheses for each recording, at most.
         out: a .tsv or .json file; by default TSV on the screen.
@@ -109,7 +113,8 @@ def decode(
         utterances = load_corpus(kind, corpus, split)
     else:
         utterances = [Utterance(str(path), path, "") for path in audio or []]
-    found = search(listener, encode(listener, utterances), fused, Searching(beam, lm_weight, nbest))
+    how = Searching(beam, lm_weight, token_reward, nbest)
+    found = search(listener, encode(listener, utterances), fused, how)
     ordered = {utterance.id: found[utterance.id] for utterance in utterances}
     if out is not None and out.suffix == ".json":
         write_json(out, {"format": 1, "utterances": _as_json(ordered, tokens)})
@@ -178,7 +183,7 @@ def _hear(
     return {
         "wer": wer.rate, "wer_low": wer.low, "wer_high": wer.high, "errors": wer.errors,
         "words": wer.words, "utterances": len(utterances), "beam": how.beam,
-        "lm_weight": None if fused is None else how.weight,
+        "lm_weight": None if fused is None else how.weight, "token_reward": how.reward,
     }  # fmt: skip
 
 

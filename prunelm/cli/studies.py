@@ -26,6 +26,7 @@ def demo(
     steps: int = 60,
     lr: float = 1e-3,
     lm_weight: float | None = None,
+    token_reward: float | None = None,
     beam: int = 4,
     threads: int | None = None,
 ) -> None:
@@ -43,6 +44,7 @@ def demo(
         steps: of recovery, for each size.
         lr: highest learning rate of the recovery.
         lm_weight: of the LM in fusion; by default chosen on valid.tsv in data, 0.3 without it.
+        token_reward: added for each token; by default chosen on valid.tsv in data, 0 without it.
         beam: hypotheses kept by the search.
         threads: of torch; by default its own choice.
     """
@@ -50,8 +52,8 @@ def demo(
     with shown_progress() as progress:
         path = run_study(
             out, demo_grid(_parts(targets), steps, lr), title="prunelm demo", weight=lm_weight,
-            beam=beam, data=data, lm=lm, recogniser=recogniser, corpus=corpus, text=text,
-            progress=progress,
+            reward=token_reward, beam=beam, data=data, lm=lm, recogniser=recogniser,
+            corpus=corpus, text=text, progress=progress,
         )  # fmt: skip
     _show(out, path)
 
@@ -68,6 +70,7 @@ def study(
     seeds: str = "",
     steps: int | None = None,
     lm_weight: float | None = None,
+    token_reward: float | None = None,
     beam: int = 4,
     threads: int | None = None,
 ) -> None:
@@ -86,6 +89,7 @@ def study(
         seeds: whole numbers in place of the preset's, with commas between them.
         steps: of recovery, in place of the preset's.
         lm_weight: as for demo.
+        token_reward: as for demo.
         beam: hypotheses kept by the search.
         threads: of torch; by default its own choice.
     """
@@ -98,8 +102,8 @@ def study(
     with shown_progress() as progress:
         progress.say(f"{grid.size} cells in {out}")
         path = run_study(
-            out, grid, weight=lm_weight, beam=beam, data=data, lm=lm, recogniser=recogniser,
-            corpus=corpus, text=text, progress=progress,
+            out, grid, weight=lm_weight, reward=token_reward, beam=beam, data=data, lm=lm,
+            recogniser=recogniser, corpus=corpus, text=text, progress=progress,
         )  # fmt: skip
     _show(out, path)
 

@@ -1,7 +1,6 @@
 """The main job end to end: prune by three methods to three sizes, decode with fusion, report."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -21,12 +20,10 @@ from prunelm.pruning import (
 )
 from prunelm.pruning.groups import Method
 from prunelm.study.grid import LINES, Grid, Measuring, Progress, run_grid
-from prunelm.study.recognition import rates_by_weight
 from prunelm.study.report import write_report
-from prunelm.study.results import read_json
-from prunelm.study.testbed import TestBed, open_testbed
+from prunelm.study.testbed import open_testbed
+from prunelm.study.tuning import choose_searches, searches_before
 
-WEIGHTS = (0.1, 0.2, 0.3, 0.4, 0.5)
 MEASURING = Measuring()
 
 
@@ -106,6 +103,7 @@ def run_study(
     *,
     title: str = "prunelm study",
     weight: float | None = None,
+    reward: float | None = None,
     beam: int = 4,
     data: Path | str | None = None,
     lm: Path | None = None,
@@ -119,10 +117,11 @@ def run_study(
 
     Args:
         out: folder for the study; holds report.html at the end.
-        weight: of the LM in fusion; None: chosen on the validation utterances, 0.3 without them.
+        weight, reward: of the LM in fusion and of each token; None: chosen on the validation
+            utterances, 0.3 and 0 without them.
         data: a folder laid out as `testbed` tells; None: the shipped one.
         lm, recogniser, corpus, text: in place of the folder's own.
-        measuring: all but weight and beam.
+        measuring: all but the searches.
         progress: is told about each thing done.
 
     Returns:
@@ -132,31 +131,10 @@ def run_study(
     bed = open_testbed(
         shipped() if data is None else data, lm=lm, recogniser=recogniser, corpus=corpus, text=text
     )
-    if weight is None:
-        weight = _weight_before(out) or weight_of(bed, beam, progress)
-    measuring = replace(measuring, weight=weight, beam=beam)
+    before = searches_before(out) if weight is None and reward is None else None
+    searches = before or choose_searches(bed, beam, weight, reward, progress)
+    measuring = replace(measuring, alone=searches.alone, fused=searches.fused)
     run_grid(bed, grid, out, title=title, measuring=measuring, progress=progress)
     path = write_report(out)
     progress.say(f"all in {time.perf_counter() - started:.0f} s")
     return path
-
-
-def _weight_before(out: Path | str) -> float | None:
-    """The weight that a stopped run of this study has chosen."""
-    if not (Path(out) / "study.json").is_file():
-        return None
-    return float(read_json(Path(out) / "study.json")["study"]["lm_weight"])
-
-
-def weight_of(
-    bed: TestBed, beam: int, progress: Progress, weights: Sequence[float] = WEIGHTS
-) -> float:
-    """The LM's weight with the lowest WER on the validation utterances, 0.3 without them."""
-    if not bed.valid or bed.recogniser is None:
-        return Measuring().weight
-    progress.doing(f"choosing the LM's weight on {len(bed.valid)} validation utterances")
-    rates = rates_by_weight(bed.recogniser, bed.tokenizer, bed.valid, bed.lm, weights, beam)
-    best = min(rates, key=lambda weight: rates[weight])
-    tried = ", ".join(f"{weight:g}: {100 * rate:.1f} %" for weight, rate in rates.items())
-    progress.say(f"LM weight {best:g}, chosen on the validation utterances ({tried})")
-    return best

@@ -51,6 +51,8 @@ class Lines:
 
 
 LINES = Lines()
+ALONE = Searching(weight=0.0)
+FUSED = Searching()
 
 
 @dataclass(frozen=True)
@@ -112,15 +114,15 @@ class Measuring:
     """How cells are measured.
 
     Args:
-        weight: of the LM in shallow fusion.
-        beam: of the search.
+        alone: the search without a language model.
+        fused: the search with one.
         rows: hypotheses in the LM step that is timed.
         context: tokens before them.
         batch, length: rows and tokens of a batch of recovery text.
     """
 
-    weight: float = 0.3
-    beam: int = 4
+    alone: Searching = ALONE
+    fused: Searching = FUSED
     rows: int = 32
     context: int = 32
     threads: int = 1
@@ -258,7 +260,7 @@ class _Work:
 
     def hear(self, key: str, lm: TransformerLM | None) -> dict[str, Any]:
         """WER of the test utterances, beside which the words heard are kept."""
-        bed, how = self.bed, Searching(self.how.beam, self.how.weight)
+        bed, how = self.bed, self.how.alone if lm is None else self.how.fused
         assert bed.recogniser is not None
         heard = transcribe(bed.recogniser, bed.tokenizer, self.encoded(), lm, how)
         said = {utterance.id: utterance.text for utterance in bed.test}
@@ -339,8 +341,10 @@ def _settings(grid: Grid, measuring: Measuring) -> dict[str, Any]:
         "recovery": first["recovery"],
         "seeds": ", ".join(map(str, grid.seeds)),
         "sizes": "one run per series" if grid.ladder else "one run per size",
-        "beam": measuring.beam,
-        "lm_weight": measuring.weight,
+        "beam": measuring.fused.beam,
+        "lm_weight": measuring.fused.weight,
+        "token_reward": measuring.fused.reward,
+        "token_reward_without_lm": measuring.alone.reward,
         "timing": f"{measuring.rows} rows, {measuring.context} tokens before, "
         f"{measuring.threads} thread, median of {measuring.runs}",
         "recovery_batches": f"{measuring.batch} rows of {measuring.length} tokens",

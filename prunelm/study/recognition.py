@@ -9,7 +9,6 @@ from torch import Tensor
 from prunelm.data.speech import Utterance, read_audio
 from prunelm.data.tokenizer import Tokenizer
 from prunelm.decoding import Fusion, Hypothesis, greedy, mbs
-from prunelm.metrics.wer import word_error_rate
 from prunelm.models.features import LogMel
 from prunelm.models.lm import TransformerLM
 from prunelm.models.transducer import Transducer
@@ -22,11 +21,13 @@ class Searching:
     Args:
         beam: hypotheses kept; 0 is greedy search, which takes no LM.
         weight: of the LM in shallow fusion.
+        reward: added to the score for each token; not in greedy search.
         nbest: hypotheses returned, at most.
     """
 
     beam: int = 4
     weight: float = 0.3
+    reward: float = 0.0
     nbest: int = 1
 
     def __post_init__(self) -> None:
@@ -52,7 +53,7 @@ class Encoded:
 
 
 def encode(
-    recogniser: Transducer, utterances: Sequence[Utterance], batch: int = 16
+    recogniser: Transducer, utterances: Sequence[Utterance], batch: int = 64
 ) -> list[Encoded]:
     """Runs the encoder once over all utterances, `batch` of similar length at a time.
 
@@ -96,8 +97,9 @@ def search(
             nbest = greedy(recogniser, batch.encoded, batch.lengths)
         else:
             nbest = mbs(
-                recogniser, batch.encoded, batch.lengths, how.beam, fusions, nbest=how.nbest
-            )
+                recogniser, batch.encoded, batch.lengths, how.beam, fusions,
+                nbest=how.nbest, token_reward=how.reward,
+            )  # fmt: skip
         found.update(zip(batch.ids, nbest, strict=True))
     return found
 
@@ -112,21 +114,3 @@ def transcribe(
     """utterance id -> the best hypothesis's words, in the order of the batches."""
     found = search(recogniser, batches, lm, how)
     return {name: tokenizer.decode(list(nbest[0].tokens)) for name, nbest in found.items()}
-
-
-def rates_by_weight(
-    recogniser: Transducer,
-    tokenizer: Tokenizer,
-    utterances: Sequence[Utterance],
-    lm: TransformerLM,
-    weights: Sequence[float],
-    beam: int,
-) -> dict[float, float]:
-    """WER by the LM's weight, to choose one by on validation utterances."""
-    batches = encode(recogniser, utterances)
-    texts = {utterance.id: utterance.text for utterance in utterances}
-    rates = {}
-    for weight in weights:
-        heard = transcribe(recogniser, tokenizer, batches, lm, Searching(beam, weight))
-        rates[weight] = word_error_rate([texts[name] for name in heard], [*heard.values()]).rate
-    return rates
