@@ -67,36 +67,65 @@ void tile(const BlockSparseView& w, const Cursor<W>* cursor, const C* x, int64_t
     row = x + in.first * step;
     return in.length;
   };
+  // A block either fits into the running sums or starts new ones, in runs of its own.
+  int64_t summed[G] = {};
   const auto one = [&](int g, int64_t j) __attribute__((always_inline)) {
     const W* values;
     const C* row;
     const int64_t length = locate(g, j, values, row);
-    for (int64_t k = 0; k < length; ++k) sum[g].add(row + k * step, 1, values + k * w.bn);
+    if (summed[g] + length > kRun && summed[g]) {
+      sum[g].flush(sums + g * panel_stride, kWidth);
+      summed[g] = 0;
+    }
+    for (int64_t k = 0; k < length;) {
+      if (summed[g] == kRun) {
+        sum[g].flush(sums + g * panel_stride, kWidth);
+        summed[g] = 0;
+      }
+      const int64_t stop = length - k < kRun ? length : k + kRun;
+      summed[g] += stop - k;
+      for (; k < stop; ++k) sum[g].add(row + k * step, 1, values + k * w.bn);
+    }
   };
-  for (int64_t s = 0; s < (G > 1 ? steps : 0); ++s) {
-    // G panels side by side: one alone has too few sums to keep the multipliers busy.
+  // G panels side by side, as long as their blocks are equally long: one alone has too few sums to
+  // keep the multipliers busy.
+  int64_t done = 0;
+  for (; G > 1 && done < steps; ++done) {
     const W* values[G];
     const C* row[G];
     int64_t length[G];
     bool same = true;
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) {
-      length[g] = locate(g, cursor[g].begin + s, values[g], row[g]);
+      length[g] = locate(g, cursor[g].begin + done, values[g], row[g]);
       same &= length[g] == length[0];
     }
-    if (same) {
-      for (int64_t k = 0; k < length[0]; ++k) {
+    if (!same) break;
+    const bool full = summed[0] && summed[0] + length[0] > kRun;
+    int64_t total = full ? 0 : summed[0];
+    if (full) {
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) sum[g].flush(sums + g * panel_stride, kWidth);
+    }
+    for (int64_t k = 0; k < length[0];) {
+      if (total == kRun) {
+#pragma GCC unroll 4
+        for (int g = 0; g < G; ++g) sum[g].flush(sums + g * panel_stride, kWidth);
+        total = 0;
+      }
+      const int64_t stop = length[0] - k < kRun ? length[0] : k + kRun;
+      total += stop - k;
+      for (; k < stop; ++k) {
 #pragma GCC unroll 4
         for (int g = 0; g < G; ++g) sum[g].add(row[g] + k * step, 1, values[g] + k * w.bn);
       }
-    } else {
-#pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) one(g, cursor[g].begin + s);
     }
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) summed[g] = total;
   }
 #pragma GCC unroll 4
   for (int g = 0; g < G; ++g) {
-    for (int64_t j = cursor[g].begin + (G > 1 ? steps : 0); j < cursor[g].stop; ++j) one(g, j);
+    for (int64_t j = cursor[g].begin + done; j < cursor[g].stop; ++j) one(g, j);
     sum[g].add_to(sums + g * panel_stride, kWidth);
   }
 }
@@ -166,11 +195,16 @@ void line(const Line& l, const W* values, int64_t block_size, const C* packed, C
     const int64_t k1 = k0 + kChunk < l.length ? k0 + kChunk : l.length;
     Sums<R, C> sum;
     sum.clear();
+    int64_t summed = 0;
     for (; j < l.end && l.other[j] * l.size < k1; ++j) {
       const int64_t block_k = l.other[j] * l.size;
       const Span in = span(block_k, l.size, k0, k1);
       const W* block = values + (l.place ? l.place[j] : j) * block_size;
-      for (int64_t k = in.first; k < in.first + in.length; ++k) {
+      for (int64_t k = in.first; k < in.first + in.length; ++k, ++summed) {
+        if (summed == kRun) {
+          sum.flush(sums, kWidth);
+          summed = 0;
+        }
         sum.add(block + (k - block_k) * l.sum_step, l.own_step, packed + k * kWidth);
       }
       if (block_k + l.size > k1) break;  // the next chunk has the rest
@@ -271,6 +305,7 @@ void grad_values_of(const BlockSparseView& w, const int32_t* row, const MatrixVi
           Sums<decltype(r)::value, C> sum;
           sum.clear();
           for (int64_t m = 0; m < x.rows; ++m) {
+            if (m % kRun == 0) sum.flush(sums, kWidth);
             sum.add(own_x + m * x.stride + k, 1, own_grad + m * grad.stride + n);
           }
           sum.add_to(sums, kWidth);

@@ -26,6 +26,10 @@ void direct(const MatrixView& w, int64_t n, const float* x, int64_t step, int64_
   for (int g = 0; g < G; ++g) sum[g].clear();
   int64_t k = k0;
   for (; k + 8 <= k1; k += 8) {
+    if ((k - k0) % kRun == 0) {
+#pragma GCC unroll 2
+      for (int g = 0; g < G; ++g) sum[g].flush(sums + g * panel_stride, kWidth);
+    }
 #pragma GCC unroll 2
     for (int g = 0; g < G; ++g) {
 #pragma GCC unroll 2
@@ -47,6 +51,7 @@ void direct(const MatrixView& w, int64_t n, const float* x, int64_t step, int64_
   }
   for (; k < k1; ++k) {
     for (int g = 0; g < G; ++g) {
+      if ((k - k0) % kRun == 0) sum[g].flush(sums + g * panel_stride, kWidth);
       float column[kWidth];
       for (int i = 0; i < kWidth; ++i) column[i] = widen(row[g * kWidth + i][k]);
       sum[g].add(x + k * step, 1, column);
@@ -72,8 +77,11 @@ void through_cache(const MatrixView& w, int64_t n, const Tiles& tiles, const C* 
       Sums<decltype(r)::value, C> sum;
       sum.clear();
       const C* at = x + (t * w.columns + k0) * tiles.step;
-      for (int64_t k = 0; k < k1 - k0; ++k) sum.add(at + k * tiles.step, 1, panel + k * kWidth);
-      sum.add_to(sums + tiles.begin(t) * kWidth, kWidth);
+      for (int64_t k = 0; k < k1 - k0;) {
+        const int64_t stop = k1 - k0 - k < kRun ? k1 - k0 : k + kRun;
+        for (; k < stop; ++k) sum.add(at + k * tiles.step, 1, panel + k * kWidth);
+        sum.flush(sums + tiles.begin(t) * kWidth, kWidth);
+      }
     });
   }
 }

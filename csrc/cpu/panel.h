@@ -59,9 +59,11 @@ struct Tiles {
   int rows(int64_t t) const { return int(begin(t + 1) - begin(t)); }
 };
 
-// A sum runs over K in ascending order and starts anew at every multiple of kChunk; the chunks'
-// sums are then added in ascending order. Every path keeps to this, whatever M, so a row's bits do
-// not depend on M; and the shorter sums lose fewer bits.
+// A sum runs over K in ascending order in registers and is added to the total in memory, and starts
+// anew, at every multiple of kChunk and after at most kRun terms. The rule knows the pattern of
+// stored blocks but not M, so a row's bits do not depend on M. Short runs lose fewer bits; chunks
+// keep a panel's weights in the first-level cache while all tiles read them.
+constexpr int64_t kRun = 128;
 constexpr int64_t kChunk = 512;
 
 struct Bf16 {
@@ -212,6 +214,11 @@ struct Sums {
         std::memcpy(at, &sum, sizeof(sum));
       }
     }
+  }
+
+  PRUNELM_INLINE void flush(C* out, int64_t row) {
+    add_to(out, row);
+    clear();
   }
 };
 

@@ -30,8 +30,9 @@ def block_sparse_linear(
     """activation(x @ weight.T + bias), reading only the stored blocks.
 
     A row's result depends on neither M nor the number of threads, bit for bit on one backend and
-    machine: a sum runs over K in ascending order and starts anew every 512 values of K. Blocks that
-    are not stored are skipped, so that an infinity or NaN in x does not meet their zeros.
+    machine: a sum runs over the stored blocks in ascending order and is cut by a rule that knows
+    only them. Blocks that are not stored are skipped, so that an infinity or NaN in x does not meet
+    their zeros.
     Sums are float32 (float64 for float64), also for 16-bit dtypes. Gradients flow to x,
     weight.values and bias; values of a block past N or K get zeros.
 
