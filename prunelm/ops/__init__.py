@@ -1,6 +1,5 @@
 """Compiled operators; each one's contract is its docstring."""
 
-from prunelm.ops.beam_step import beam_step, beam_step_reference
 from prunelm.ops.beam_step import BeamStep, beam_step, beam_step_reference
 from prunelm.ops.block_sparse_linear import block_sparse_linear, block_sparse_linear_reference
 from prunelm.ops.explain import explain
@@ -10,8 +9,6 @@ from prunelm.ops.tree_attention import tree_attention, tree_attention_reference
 
 __all__ = [
     "BeamStep",
-    "beam_step",
-    "beam_step_reference",
     "beam_step",
     "beam_step_reference",
     "block_sparse_linear",
