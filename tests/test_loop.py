@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,50 @@ def test_a_resumed_run_is_bit_equal(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (broken / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 4, 6, 8, 9, 12, 15, 16, 18, 20]
     assert lines == again.records
+
+
+def test_the_running_mean_is_validated_and_returned(tmp_path: Path) -> None:
+    plain = replace(OPTIONS, validate_every=0, checkpoint_every=0)
+    trail: list[dict[str, Tensor]] = []
+
+    def watched(model: nn.Module, batch: Tensor) -> Tensor:
+        trail.append({name: x.detach().clone() for name, x in model.named_parameters()})
+        return loss(model, batch)
+
+    last = fresh()
+    train(last, batches, watched, plain)
+    trail.append({name: x.detach().clone() for name, x in last.named_parameters()})
+    mean = trail[0]
+    for step, weights in enumerate(trail[1:], 1):
+        kept = min(0.6, step / (step + 10))
+        mean = {name: kept * x + (1 - kept) * weights[name] for name, x in mean.items()}
+    averaged = fresh()
+    seen: list[dict[str, Tensor]] = []
+
+    def watch(model: nn.Module) -> float:
+        seen.append({name: x.detach().clone() for name, x in model.named_parameters()})
+        return -len(seen)  # the last is the best
+
+    train(averaged, batches, loss, replace(OPTIONS, average=0.6), validate=watch)
+    for name, x in averaged.named_parameters():
+        assert torch.equal(x, seen[-1][name])
+        assert float((x - mean[name]).detach().abs().max()) <= 1e-6
+    assert any(bool((x != mean[name]).any()) for name, x in last.named_parameters())
+    unvalidated = fresh()
+    train(unvalidated, batches, loss, replace(plain, average=0.6))
+    assert_same(unvalidated.state_dict(), averaged.state_dict())
+
+
+def test_a_resumed_mean_is_bit_equal(tmp_path: Path) -> None:
+    options = replace(OPTIONS, average=0.9)
+    straight, resumed = fresh(), fresh()
+    train(straight, batches, loss, options, folder=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(fresh(), dying_at(13), loss, options, folder=tmp_path / "broken")
+    train(resumed, batches, loss, options, folder=tmp_path / "broken")
+    assert_same(straight.state_dict(), resumed.state_dict())
+    with pytest.raises(ValueError, match=r"average: expected a fraction in \[0, 1\), got 1.0"):
+        replace(OPTIONS, average=1.0)
 
 
 def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:

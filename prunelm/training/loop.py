@@ -41,6 +41,8 @@ class TrainOptions:
     The learning rate rises linearly over `warmup` steps to `lr`, then falls as a half cosine to
     `final_lr_fraction * lr`. Weight decay is for matrices only. `accumulate` batches make a step.
     A cadence of 0 means only at the end (`log_every`, `validate_every`, `checkpoint_every`).
+    With `average` above 0, such as 0.998, the running mean mean = average * mean + (1 - average) *
+    weights is what is validated and returned; its first steps forget faster.
     """
 
     steps: int
@@ -55,6 +57,7 @@ class TrainOptions:
     validate_every: int = 0
     checkpoint_every: int = 0
     accumulate: int = 1
+    average: float = 0.0
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -64,6 +67,8 @@ class TrainOptions:
                 raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
         if self.accumulate < 1:
             raise ValueError(f"accumulate: expected at least 1, got {self.accumulate}")
+        if not 0 <= self.average < 1:
+            raise ValueError(f"average: expected a fraction in [0, 1), got {self.average}")
 
     def lr_at(self, step: int) -> float:
         """The learning rate of step `step`, counted from 0."""
@@ -135,8 +140,8 @@ def train(
         run.go(batches, validate, describe)
     finally:
         torch.random.set_rng_state(state)
-    if run.best_weights:
-        copy_weights(model, run.best_weights, "best weights")
+    if run.best_weights or run.mean:
+        copy_weights(model, run.best_weights or run.mean, "best weights")
     model.eval()
     if run.folder is not None and tokenizer is not None and rank == 0:
         extra = {"describe": describe, "options": asdict(options), "history": asdict(run.history)}
@@ -188,6 +193,9 @@ class _Run:
         self.step = 0
         self.window: list[float] = []  # losses since the last record
         self.best_weights: dict[str, Tensor] = {}
+        self.mean: dict[str, Tensor] = {}
+        if options.average:
+            self.mean = {name: x.detach().clone() for name, x in untied_weights(model).items()}
 
     def resume(self) -> None:
         """Continues from training.pt where there is one."""
@@ -198,6 +206,7 @@ class _Run:
         try:
             options, step, window = state["options"], int(state["step"]), state["window"]
             model, optimizer, best = state["model"], state["optimizer"], state["best_weights"]
+            mean = state["mean"]
             history = History(**state["history"])
         except (KeyError, TypeError):
             raise ValueError(f"{path}: expected a training state, got {sorted(state)}") from None
@@ -210,6 +219,7 @@ class _Run:
         copy_weights(self.model, model, str(path))
         self.optimizer.load_state_dict(optimizer)
         self.history, self.step, self.window, self.best_weights = history, step, window, best
+        self.mean = {name: x.to(self.device) for name, x in mean.items()}
 
     def go(
         self,
@@ -225,6 +235,7 @@ class _Run:
                 self.model.train()
                 self.window.append(self.one_step(batches))
                 self.step += 1
+                self.follow()
                 self.history.seconds = before + time.perf_counter() - begin
                 record: dict[str, float] = {"step": self.step, "seconds": self.history.seconds}
                 if self.due(options.log_every):
@@ -239,6 +250,19 @@ class _Run:
                 show(record)
                 if self.due(options.checkpoint_every):
                     self.save()
+
+    def follow(self) -> None:
+        """Moves the mean towards the weights."""
+        if not self.mean:
+            return
+        kept = min(self.options.average, self.step / (self.step + 10))
+        weights = untied_weights(self.model)
+        with torch.no_grad():
+            for name, mean in self.mean.items():
+                if mean.is_floating_point():
+                    mean.lerp_(weights[name], 1 - kept)
+                else:
+                    mean.copy_(weights[name])
 
     def due(self, every: int) -> bool:
         """Whether something done every so many steps is due after this one."""
@@ -291,6 +315,9 @@ class _Run:
     def validated(self, validate: Callable[[nn.Module], float]) -> float:
         """The value of process 0, for all; keeps the best weights."""
         value = torch.zeros((), dtype=torch.float64, device=self.device)
+        current = _copy_of_weights(self.model) if self.mean else {}
+        if self.mean:
+            copy_weights(self.model, self.mean, "mean weights")
         if self.rank == 0:
             self.model.eval()
             with torch.no_grad():
@@ -300,6 +327,8 @@ class _Run:
         if float(value) < self.history.best:
             self.history.best, self.history.best_step = float(value), self.step
             self.best_weights = _copy_of_weights(self.model)
+        if current:
+            copy_weights(self.model, current, "weights")
         return float(value)
 
     def save(self) -> None:
@@ -313,6 +342,7 @@ class _Run:
             "model": _copy_of_weights(self.model),
             "optimizer": self.optimizer.state_dict(),
             "best_weights": self.best_weights,
+            "mean": self.mean,
             "history": asdict(self.history),
         }
         save_state(self.folder / "training.pt", state)
