@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -261,14 +262,25 @@ def test_every_epoch_has_every_utterance_once(
     for plan in plans:
         assert len(plan) == 3 and all(plan)
         assert sorted(i for group in plan for i, _ in group) == list(range(9))
-        assert {speed for group in plan for _, speed in group} <= {0.9, 1.0, 1.1}
+        assert {speed for group in plan for _, speed in group} <= set(Augmentation().speeds)
         ends = sorted(
             (min(batches.seconds[i] for i, _ in group), max(batches.seconds[i] for i, _ in group))
             for group in plan
         )
         # Neighbours in length lie together, up to the noise and the speeds.
-        assert all(later[0] >= earlier[1] - 0.7 for earlier, later in zip(ends, ends[1:]))  # noqa: B905, RUF007
+        assert all(later[0] >= earlier[1] - 0.8 for earlier, later in pairwise(ends))
     assert plans[0] != plans[1]
+    longest = [max(batches.seconds[i] / speed for i, speed in group) for group in plans[0]]
+    assert longest[0] < longest[-1], "the first epoch goes from short to long"
+
+
+def test_augmentation_begins_when_it_is_told(corpus: list[Utterance], tokenizer: Tokenizer) -> None:
+    augmentation = Augmentation(speeds=(1.0,), begin=2)
+    late = SpeechBatches(corpus, tokenizer, seconds=1.5, augmentation=augmentation)
+    plain = SpeechBatches(corpus, tokenizer, seconds=1.5)
+    for step in range(4):
+        same = torch.equal(late(step).features, plain(step).features)
+        assert same == (step < 2) and late(step).number == step
 
 
 def test_a_batch_is_a_function_of_seed_and_step(

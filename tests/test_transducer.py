@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from prunelm.data.speech_batches import SpeechBatch
 from prunelm.models.lm import LayerSizes
 from prunelm.models.transducer import Transducer, TransducerConfig
 from prunelm.nn import LowRankLinear
+from prunelm.training.recogniser import TransducerLoss
 
 SMALL = TransducerConfig(
     vocab_size=7,
@@ -133,8 +135,33 @@ def test_loss_is_rnnt_and_ctc() -> None:
     encoded, lengths = both.encode(batch[0], batch[1])
     log_probs = both.ctc_out(encoded).log_softmax(-1).transpose(0, 1)
     ctc = torch.nn.functional.ctc_loss(log_probs, batch[2], lengths, batch[3])  # mean per token
+    assert float((both.loss(*batch, ctc_weight=1.0) - ctc).detach().abs()) <= 1e-5
+    with pytest.raises(ValueError, match=r"ctc_weight: expected 0, as in the config, got 0.5"):
+        rnnt.loss(*batch, ctc_weight=0.5)
     expected = 0.7 * rnnt.loss(*batch) + 0.3 * ctc
     assert float((both.loss(*batch) - expected).detach().abs()) <= 1e-5
+
+
+def test_ctc_comes_first_and_reaches_every_parameter() -> None:
+    model = Transducer(replace(SMALL, dropout=0.0)).train()
+    batch = SpeechBatch(
+        torch.randn(2, 33, 13),
+        torch.tensor([33, 30]),
+        torch.tensor([[1, 2, 3], [4, 5, 0]]),
+        torch.tensor([3, 2]),
+        number=4,
+    )
+    loss = TransducerLoss(ctc_first=5)(model, batch)
+    loss.backward()
+    for name, parameter in model.named_parameters():  # DDP waits for all of them
+        assert parameter.grad is not None, name
+        quiet = name.startswith(("predictor", "join"))
+        assert bool((parameter.grad == 0).all()) == quiet, name
+    later = TransducerLoss(ctc_first=5)(model, replace(batch, number=5))
+    both = model.loss(batch.features, batch.lengths, batch.targets, batch.target_lengths)
+    assert torch.equal(later, both) and not torch.equal(later, loss)
+    with pytest.raises(ValueError, match="ctc_first: expected at least 0 batches, got -1"):
+        TransducerLoss(-1)
 
 
 def test_training_fits_a_batch() -> None:

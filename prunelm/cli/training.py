@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prunelm.cli.pruning import set_threads
-from prunelm.data.speech import load_corpus
-from prunelm.data.speech_batches import Augmentation, SpeechBatch, SpeechBatches
+from prunelm.data.speech import hold_out_speakers, load_corpus
+from prunelm.data.speech_batches import Augmentation, SpeechBatches
 from prunelm.data.text import TokenBatches, read_lines
 from prunelm.data.tokenizer import Tokenizer
 from prunelm.metrics.perplexity import perplexity
@@ -20,12 +20,14 @@ from prunelm.models.transducer import Transducer, TransducerConfig
 from prunelm.study.recognition import Searching, encode, transcribe
 from prunelm.study.testbed import token_ids
 from prunelm.training.loop import TrainOptions, train
+from prunelm.training.recogniser import TransducerLoss
 
 LM_OPTIONS = TrainOptions(steps=5000, lr=1e-3, validate_every=500, checkpoint_every=500)
 RECOGNISER_OPTIONS = TrainOptions(
-    steps=5000, lr=1e-3, warmup=500, validate_every=500, checkpoint_every=250
-)
-AUGMENTATION = Augmentation()
+    steps=8000, lr=7e-4, warmup=200, final_lr_fraction=0.02, weight_decay=0.02, clip=2.0,
+    average=0.998, validate_every=500, checkpoint_every=250,
+)  # fmt: skip
+AUGMENTATION = Augmentation(begin=500)
 
 
 def train_lm(
@@ -94,10 +96,12 @@ def train_recogniser(
     encoder: Literal["conformer", "transformer"] = "conformer",
     layers: int = 6,
     dim: int = 144,
-    heads: int = 4,
+    heads: int = 3,
     ff: int = 576,
-    dropout: float = 0.1,
-    seconds: float = 48.0,
+    dropout: float = 0.15,
+    seconds: float = 32.0,
+    ctc_first: int = 500,
+    hold_out: int = 0,
     augmentation: Augmentation = AUGMENTATION,
     options: TrainOptions = RECOGNISER_OPTIONS,
     threads: int | None = None,
@@ -121,6 +125,8 @@ def train_recogniser(
         ff: feed-forward width of a block.
         dropout: fraction of activations.
         seconds: audio in a batch, on each process.
+        ctc_first: batches that train the encoder by CTC alone, so that alignments form.
+        hold_out: speakers to take out of the training split and choose the best weights by.
         augmentation: what is done to training features.
         options: how long and how fast.
         threads: of torch; by default its own choice.
@@ -128,6 +134,10 @@ def train_recogniser(
     set_threads(threads)
     utterances = load_corpus(kind, corpus, split)
     valid = load_corpus(kind, corpus, valid_split) if valid_split else []
+    if hold_out:
+        if valid:
+            raise ValueError("hold_out: expected 0 beside a valid_split, got both")
+        utterances, valid = hold_out_speakers(utterances, hold_out)
     texts = [utterance.text for utterance in utterances]
     pieces = chosen_tokenizer(lambda: texts, out, tokenizer, vocab_size, units)
     if dim % heads:
@@ -150,21 +160,13 @@ def train_recogniser(
         return word_error_rate([u.text for u in valid], [heard[u.id] for u in valid]).rate
 
     history = train(
-        model, batches, transducer_loss, options,
+        model, batches, TransducerLoss(ctc_first), options,
         folder=out, validate=greedy_wer if valid else None, tokenizer=pieces,
         describe=f"{sum(p.numel() for p in model.parameters()):,} parameters",
     )  # fmt: skip
     if rank == 0:
         best = f", best WER {100 * history.best:.2f} %" if valid else ""
         print(f"{out}: {options.steps} steps in {history.seconds:.0f} s{best}")
-
-
-def transducer_loss(model: nn.Module, batch: SpeechBatch) -> Tensor:
-    """The recogniser's own loss of a batch."""
-    loss: Tensor = model.loss(  # type: ignore[operator]
-        batch.features, batch.lengths, batch.targets, batch.target_lengths
-    )
-    return loss
 
 
 def place() -> tuple[int, int]:

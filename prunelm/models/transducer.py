@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunelm.models.encoder import Block, ConformerBlock, Subsampling, inside
+from prunelm.models.encoder import Block, ConformerBlock, Dropout, Subsampling, inside
 from prunelm.models.lm import LayerSizes
 from prunelm.nn import LowRankLinear
 from prunelm.ops.rnnt_loss import rnnt_loss
@@ -96,15 +96,16 @@ class TransducerConfig:
 class StatelessPredictor(nn.Module):
     """Embeds the last `context` tokens and mixes each channel over them (arXiv 2109.07513)."""
 
-    def __init__(self, vocab_size: int, dim: int, context: int) -> None:
+    def __init__(self, vocab_size: int, dim: int, context: int, dropout: float) -> None:
         super().__init__()
+        self.dropout = Dropout(dropout)
         self.embedding = nn.Embedding(vocab_size, dim)
         self.mix = nn.Conv1d(dim, dim, context, groups=dim // 4 if dim % 4 == 0 else 1)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [R, L] -> [R, L - context + 1, P], one row per window."""
         embedded = self.embedding(tokens).transpose(1, 2)
-        mixed: Tensor = F.relu(self.mix(embedded)).transpose(1, 2)
+        mixed: Tensor = self.dropout(F.relu(self.mix(embedded))).transpose(1, 2)
         return mixed
 
 
@@ -161,7 +162,7 @@ class Transducer(nn.Module):
         self.predictor: nn.Module
         if config.predictor == "stateless":
             self.predictor = StatelessPredictor(
-                config.vocab_size, config.predictor_dim, config.context
+                config.vocab_size, config.predictor_dim, config.context, config.dropout
             )
         else:
             self.predictor = TransformerPredictor(
@@ -268,31 +269,50 @@ class Transducer(nn.Module):
         return self.join_projected(self.project_encoded(encoded), self.project_predicted(predicted))
 
     def loss(
-        self, features: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor
+        self,
+        features: Tensor,
+        lengths: Tensor,
+        targets: Tensor,
+        target_lengths: Tensor,
+        *,
+        ctc_weight: float | None = None,
     ) -> Tensor:
-        """Mean over utterances of (1 - w) RNN-T + w CTC, each per token; w is the config's.
+        """Mean over utterances of (1 - w) RNN-T + w CTC, each per token.
 
         Args:
             features: [B, T, F].
             lengths: [B] int64 frames.
             targets: [B, U] int64, no blanks; anything past the target lengths.
             target_lengths: [B] int64, 0 to U.
+            ctc_weight: w, 0 to 1; None: the config's. At 1 the joiner is not run.
 
         Returns:
             A scalar, nats per token. CTC terms without an alignment (more tokens than frames)
             count as 0.
         """
+        weight = self.config.ctc_weight if ctc_weight is None else ctc_weight
+        if not 0 <= weight <= 1:
+            raise ValueError(f"ctc_weight: expected a share in [0, 1], got {weight}")
+        if weight and not self.config.ctc_weight:
+            raise ValueError(f"ctc_weight: expected 0, as in the config, got {weight}")
         encoded, frames = self.encode(features, lengths)
         targets = targets.where(inside(target_lengths, targets.shape[1]), BLANK)
-        predicted = self.predict_all(targets)
-        logits = self.join(encoded[:, :, None], predicted[:, None])
         per_token = 1.0 / target_lengths.clamp_min(1)
-        loss = (rnnt_loss(logits.float(), targets, frames, target_lengths) * per_token).mean()
-        weight = self.config.ctc_weight
-        if weight == 0:
-            return loss
-        log_probs = self.ctc_out(encoded).float().log_softmax(-1).transpose(0, 1)
-        ctc = F.ctc_loss(
-            log_probs, targets, frames, target_lengths, BLANK, "none", zero_infinity=True
-        )
-        return (1 - weight) * loss + weight * (ctc * per_token).mean()
+        total = encoded.new_zeros(())
+        if weight < 1:
+            predicted = self.predict_all(targets)
+            logits = self.join(encoded[:, :, None], predicted[:, None])
+            rnnt = rnnt_loss(logits.float(), targets, frames, target_lengths)
+            total = total + (1 - weight) * (rnnt * per_token).mean()
+        else:  # DDP wants a gradient for every parameter
+            unused = (self.predictor, self.join_encoded, self.join_predicted, self.join_out)
+            total = (
+                total + 0.0 * torch.stack([p.sum() for m in unused for p in m.parameters()]).sum()
+            )
+        if weight:
+            log_probs = self.ctc_out(encoded).float().log_softmax(-1).transpose(0, 1)
+            ctc = F.ctc_loss(
+                log_probs, targets, frames, target_lengths, BLANK, "none", zero_infinity=True
+            )
+            total = total + weight * (ctc * per_token).mean()
+        return total
