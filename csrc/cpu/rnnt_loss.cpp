@@ -1,4 +1,6 @@
 // RNN-T loss with its gradient in one pass per utterance; contract in prunelm/ops/rnnt_loss.py.
+#include "rnnt_loss.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -6,41 +8,63 @@
 #include <cmath>
 #include <limits>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "check.h"
+#include "instruction_set.h"
 
 namespace prunelm {
 namespace {
 
 constexpr double kNone = -std::numeric_limits<double>::infinity();
 
+template <typename T>
+const RnntLoops<T>& loops() {
+  constexpr bool is_float = std::is_same_v<T, float>;
+#if defined(__x86_64__)
+  if (instruction_set() == InstructionSet::avx2) {
+    if constexpr (is_float) return avx2::rnnt_loops_float;
+    if constexpr (!is_float) return avx2::rnnt_loops_double;
+  }
+#endif
+  if constexpr (is_float) return portable::rnnt_loops_float;
+  if constexpr (!is_float) return portable::rnnt_loops_double;
+}
+
 double log_add(double a, double b) {
   const double high = std::max(a, b);
-  if (high == kNone) return kNone;
-  return high + std::log1p(std::exp(std::min(a, b) - high));
+  const double below = std::min(a, b) - high;
+  // e^-40 is less than half of 1's last bit; NaN (both are -inf, or one is NaN) goes on.
+  if (below < -40) return high;
+  return high == kNone ? kNone : high + std::log1p(std::exp(below));
 }
 
 // One utterance: the lattice in double, because T + U terms of float32 lose what the loss needs.
+// `out` holds exp(logits) up to a factor per cell, then the gradient.
 template <typename T>
 class Lattice {
  public:
-  Lattice(const T* logits, const int64_t* targets, int64_t frames, int64_t tokens, int64_t U1,
-          int64_t V, int64_t blank)
+  Lattice(const T* logits, const int64_t* targets, T* out, int64_t frames, int64_t tokens,
+          int64_t U1, int64_t V, int64_t blank)
       : logits_(logits),
         targets_(targets),
+        out_(out),
         frames_(frames),
         tokens_(tokens),
         U1_(U1),
         V_(V),
         blank_(blank),
+        loops_(loops<T>()),
         normaliser_(frames * (tokens + 1)),
         alpha_(normaliser_.size(), kNone),
         beta_(normaliser_.size(), kNone) {}
 
   double loss() {
     for (int64_t t = 0; t < frames_; ++t) {
-      for (int64_t u = 0; u <= tokens_; ++u) normaliser_[cell(t, u)] = log_sum_exp(row(t, u));
+      for (int64_t u = 0; u <= tokens_; ++u) {
+        normaliser_[cell(t, u)] = loops_.exponentials(logits_ + row(t, u), V_, out_ + row(t, u));
+      }
     }
     beta_[cell(frames_ - 1, tokens_)] = blank_score(frames_ - 1, tokens_);
     for (int64_t t = frames_ - 1; t >= 0; --t) {
@@ -54,41 +78,33 @@ class Lattice {
   }
 
   // d loss / d logit[v] = P(cell) softmax[v] - P(arc v out of the cell).
-  void gradient(T* out) {
+  void gradient() {
     alpha_[0] = 0;
     for (int64_t t = 0; t < frames_; ++t) {
       for (int64_t u = 0; u <= tokens_; ++u) {
         double& here = alpha_[cell(t, u)];
         if (t > 0) here = log_add(here, alpha_[cell(t - 1, u)] + blank_score(t - 1, u));
         if (u > 0) here = log_add(here, alpha_[cell(t, u - 1)] + token_score(t, u - 1));
-        fill_row(t, u, out + (t * U1_ + u) * V_);
+        fill_row(t, u);
       }
     }
   }
 
  private:
   int64_t cell(int64_t t, int64_t u) const { return t * (tokens_ + 1) + u; }
-  const T* row(int64_t t, int64_t u) const { return logits_ + (t * U1_ + u) * V_; }
+  int64_t row(int64_t t, int64_t u) const { return (t * U1_ + u) * V_; }
   double blank_score(int64_t t, int64_t u) const {
-    return row(t, u)[blank_] - normaliser_[cell(t, u)];
+    return logits_[row(t, u) + blank_] - normaliser_[cell(t, u)].log_sum;
   }
   double token_score(int64_t t, int64_t u) const {
-    return row(t, u)[targets_[u]] - normaliser_[cell(t, u)];
+    return logits_[row(t, u) + targets_[u]] - normaliser_[cell(t, u)].log_sum;
   }
 
-  double log_sum_exp(const T* values) const {
-    const T high = *std::max_element(values, values + V_);
-    T sum = 0;
-    for (int64_t v = 0; v < V_; ++v) sum += std::exp(values[v] - high);
-    return double{high} + std::log(double{sum});
-  }
-
-  void fill_row(int64_t t, int64_t u, T* out) const {
-    const double total = beta_[0];
-    const double through = alpha_[cell(t, u)] - total;
-    const T shift = T(through + beta_[cell(t, u)] - normaliser_[cell(t, u)]);
-    const T* values = row(t, u);
-    for (int64_t v = 0; v < V_; ++v) out[v] = std::exp(values[v] + shift);
+  void fill_row(int64_t t, int64_t u) {
+    T* out = out_ + row(t, u);
+    const double through = alpha_[cell(t, u)] - beta_[0];
+    const double share = std::exp(through + beta_[cell(t, u)]);
+    loops_.scale(out, T(share / normaliser_[cell(t, u)].sum), V_);
     const bool last = t + 1 == frames_;
     if (!last || u == tokens_) {
       const double rest = last ? 0 : beta_[cell(t + 1, u)];
@@ -101,8 +117,11 @@ class Lattice {
 
   const T* logits_;
   const int64_t* targets_;
+  T* out_;
   const int64_t frames_, tokens_, U1_, V_, blank_;
-  std::vector<double> normaliser_, alpha_, beta_;
+  const RnntLoops<T>& loops_;
+  std::vector<Normaliser> normaliser_;
+  std::vector<double> alpha_, beta_;
 };
 
 template <typename T>
@@ -118,10 +137,10 @@ void run(const RnntShape& s, const Tensor& logits, const Tensor& targets,
   const int64_t size = s.T * s.U1 * s.V;
   torch::stable::parallel_for(0, s.B, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      Lattice<T> lattice(scores + b * size, tokens + b * (s.U1 - 1), frame_counts[b],
-                         token_counts[b], s.U1, s.V, blank);
+      Lattice<T> lattice(scores + b * size, tokens + b * (s.U1 - 1), gradients + b * size,
+                         frame_counts[b], token_counts[b], s.U1, s.V, blank);
       losses[b] = T(lattice.loss());
-      lattice.gradient(gradients + b * size);
+      lattice.gradient();
     }
   });
 }
