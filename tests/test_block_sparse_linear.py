@@ -204,7 +204,7 @@ def test_autocast_gives_its_dtype() -> None:
 
 def test_backend_that_cannot_run_gives_all_reasons() -> None:
     weight, x = weight_of(32, 64, (16, 4), 0.5, torch.float32), torch.randn(2, 64)
-    with pytest.raises(ValueError, match=r"cuda cannot run .*no cuda kernel.*x: expected a cuda"):
+    with pytest.raises(ValueError, match=r"cuda cannot .*: .*x: expected a cuda.*values: exp"):
         ops.block_sparse_linear(x, weight, backend="cuda")
     with pytest.raises(ValueError, match=r"cpu cannot run .*x: expected a floating.*values: exp"):
         ops.block_sparse_linear(x.long(), weight, backend="cpu")
@@ -219,9 +219,9 @@ def test_backend_that_cannot_run_gives_all_reasons() -> None:
 def test_explain_names_what_runs_and_why_not_the_rest() -> None:
     weight, x = weight_of(512, 512, (16, 4), 0.2, torch.float32), torch.randn(2, 4, 512)
     told = ops.explain(x, weight)
-    assert told.backend == "cpu" and set(told.refusals) == {"cuda", "triton"}
+    assert told.backend == "cpu" and "cuda" in told.refusals and "cpu" not in told.refusals
     assert told.predicted_us["cpu"] < told.predicted_us["dense"]
-    assert str(told).startswith("cpu runs\ncuda cannot: ")
+    assert str(told).startswith("cpu runs\ncuda cannot: ") and "predicted: dense" in str(told)
     assert ops.explain(x, weight, "reference").backend == "reference"
 
 

@@ -1,0 +1,75 @@
+"""low_rank_linear against two dense linears and the one that it replaces, on this machine.
+
+python -m prunelm.benchmarks.bench_low_rank_linear [--threads 2] [--save]
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from prunelm import ops
+from prunelm.benchmarks.harness import Roof, check, measure_roof, report, side_by_side
+from prunelm.nn import LowRankLinear, PackedLowRankLinear
+
+# (K, N, R): an eighth, a quarter and half of full rank.
+SHAPES = (
+    *((512, 512, R) for R in (32, 64, 128)),
+    *((1024, 1024, R) for R in (64, 128, 256)),
+    (512, 2048, 128),
+    (2048, 512, 128),
+)
+ROWS = (1, 8, 64, 256)
+
+
+def forward(M: int, K: int, N: int, R: int, threads: int, roof: Roof) -> dict[str, Any]:
+    """One line of the table: every way to compute the same, checked first."""
+    torch.manual_seed(0)
+    plain = LowRankLinear(K, N, R, bias=False).requires_grad_(False)
+    packed, x = PackedLowRankLinear(plain), torch.randn(M, K)
+    down, up, dense = plain.down, plain.up, plain.up @ plain.down
+    thin, wide = packed.down, packed.up
+    exact = F.linear(F.linear(x.double(), down.double()), up.double())
+    two = F.linear(F.linear(x, down), up)
+    check(ops.low_rank_linear(x, thin, wide), two, exact, "low_rank_linear in blocks")
+    check(ops.low_rank_linear(x, down, up), two, exact, "low_rank_linear")
+    with torch.inference_mode():
+        us = side_by_side(
+            {
+                "blocks": lambda: ops.low_rank_linear(x, thin, wide),
+                "plain": lambda: ops.low_rank_linear(x, down, up),
+                "two_linears": lambda: F.linear(F.linear(x, down), up),
+                "dense": lambda: F.linear(x, dense),
+            },
+            threads,
+        )
+    work = R * (K + N)
+    least = roof.us(2 * M * work, 4 * (work + M * (N + K)))
+    return {
+        "M": M,
+        "K": K,
+        "N": N,
+        "R": R,
+        **us,
+        "over_two": us["two_linears"] / us["blocks"],
+        "over_dense": us["dense"] / us["blocks"],
+        "GFLOP/s": 2 * M * work / us["blocks"] / 1e3,
+        "of_roof": least / us["blocks"],
+    }
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Prints a machine line, a table in microseconds and one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--save", action="store_true", help="merge into benchmarks/results")
+    options = parser.parse_args(words)
+    roof = measure_roof(options.threads)
+    rows = [forward(M, *shape, options.threads, roof) for shape in SHAPES for M in ROWS]
+    report("low_rank_linear", options.threads, roof, rows, options.save)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""What the kernel benchmarks share: times, the machine's roof, a table, where results go."""
+
+import json
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunelm.study.machine import describe, one_line
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def check(got: Tensor, dense: Tensor, exact: Tensor, what: str) -> None:
+    """RuntimeError unless got errs at most twice as much as torch's dense op, against float64."""
+    error = float((got.double() - exact).abs().max())
+    allowed = 2 * float((dense.double() - exact).abs().max())
+    allowed += torch.finfo(got.dtype).eps * float(exact.abs().max())
+    if not error <= allowed:
+        raise RuntimeError(f"{what}: expected an error of at most {allowed:.3g}, got {error:.3g}")
+
+
+def side_by_side(
+    calls: Mapping[str, Callable[[], object]], threads: int, rounds: int = 15
+) -> dict[str, float]:
+    """Median microseconds of each call, all in turn in every round, every other round reversed.
+
+    On one thread it is the thread's own CPU time, which other work on the machine lengthens least;
+    on more it is wall time. A call runs in groups of about 300 us.
+    """
+    clock = time.thread_time if threads == 1 else time.perf_counter
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        repeats = {}
+        for name, call in calls.items():
+            call()
+            begin = clock()
+            call()
+            repeats[name] = max(1, min(100, round(300e-6 / max(clock() - begin, 1e-6))))
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for turn in range(rounds):
+            for name in list(calls) if turn % 2 == 0 else reversed(list(calls)):
+                begin = clock()
+                for _ in range(repeats[name]):
+                    calls[name]()
+                times[name].append((clock() - begin) / repeats[name] * 1e6)
+    finally:
+        torch.set_num_threads(before)
+    return {name: statistics.median(some) for name, some in times.items()}
+
+
+@dataclass(frozen=True)
+class Roof:
+    """What the machine was measured to reach: multiply-adds, and reads of what lies in cache."""
+
+    gflops: float
+    gbytes: float
+
+    def us(self, flops: float, size_bytes: float) -> float:
+        """The least time for so much work."""
+        return max(flops / self.gflops, size_bytes / self.gbytes) / 1e3
+
+
+def measure_roof(threads: int) -> Roof:
+    """torch's own best: a product of 1024 x 1024 matrices, and the sum of 512 x 512 numbers."""
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    small = torch.randn(512, 512)
+    with torch.inference_mode():
+        us = side_by_side({"product": lambda: a @ b, "read": lambda: small.sum()}, threads)
+    return Roof(2 * 1024**3 / us["product"] / 1e3, small.numel() * 4 / us["read"] / 1e3)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of equal keys, right-aligned under their names."""
+    names = list(rows[0])
+    cells = [names, *([_cell(row[name]) for name in names] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in cells
+    )
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+    return str(value)
+
+
+def report(name: str, threads: int, roof: Roof, rows: Sequence[dict[str, Any]], save: bool) -> None:
+    """Prints the machine, the table and a last line of JSON; saves it if asked to."""
+    machine = describe()
+    found = {
+        "bench": name,
+        "machine": one_line(machine),
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "threads": threads,
+        "roof": {"gflops": round(roof.gflops, 1), "gbytes": round(roof.gbytes, 1)},
+        "rows": [
+            {k: round(v, 3) if isinstance(v, float) else v for k, v in r.items()} for r in rows
+        ],
+    }
+    print(f"{found['machine']}; commit {found['commit']}; {threads} threads, medians, us")
+    print(f"roof: {roof.gflops:.0f} GFLOP/s, {roof.gbytes:.0f} GB/s")
+    print(table(rows))
+    if save:
+        _merge(machine["processor"], f"{name}, {threads} threads", found)
+    print(json.dumps(found))
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        run = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "../csrc", "../prunelm"])
+    except OSError:
+        return "unknown"
+    if run.returncode:
+        return "unknown"
+    return run.stdout.strip() + ("+changes" if changed.returncode else "")
+
+
+def _merge(device: str, name: str, found: dict[str, Any]) -> None:
+    """Puts one benchmark's results into the device's file, beside what others measured."""
+    path = RESULTS / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json")
+    RESULTS.mkdir(exist_ok=True)
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known[name] = found
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    partial.replace(path)
