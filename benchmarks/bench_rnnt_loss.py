@@ -1,0 +1,93 @@
+"""rnnt_loss with its gradient, against torch's own ops one anti-diagonal at a time.
+
+python -m prunelm.benchmarks.bench_rnnt_loss
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from prunelm.metrics.speed import interleaved
+from prunelm.ops.rnnt_loss import rnnt_loss
+from prunelm.study.machine import describe, one_line
+
+SHAPES = (
+    (16, 50, 35, 29),
+    (32, 80, 45, 29),
+    (16, 100, 30, 500),
+)  # B, T, U + 1, V
+
+
+def in_torch(logits: Tensor, targets: Tensor, frames: Tensor, tokens: Tensor) -> Tensor:
+    """The loss by one vectorised step per anti-diagonal; blank is 0."""
+    B, T, U1, _ = logits.shape
+    log_probs = logits.log_softmax(-1)
+    blank = log_probs[..., 0]
+    token = log_probs[:, :, :-1].gather(3, targets[:, None, :, None].expand(B, T, U1 - 1, 1))[
+        ..., 0
+    ]
+    place = torch.arange(U1)
+    diagonals = [torch.where(place == 0, 0.0, -torch.inf).expand(B, U1)]
+    for n in range(1, T + U1 - 1):
+        time = n - place  # of cell u on this diagonal
+        before = diagonals[-1]
+        over = blank[:, (time - 1).clamp(0, T - 1), place].masked_fill(
+            (time < 1) | (time > T), -torch.inf
+        )
+        up = token[:, time[1:].clamp(0, T - 1), place[:-1]]
+        below = torch.cat((torch.full((B, 1), -torch.inf), before[:, :-1] + up), 1)
+        inside = (time >= 0) & (time < T)
+        # A finite floor, because the gradient of -inf - -inf is NaN.
+        reached = torch.logaddexp((before + over).clamp_min(-1e30), below.clamp_min(-1e30))
+        diagonals.append(reached.masked_fill(~inside, -torch.inf))
+    grid, row = torch.stack(diagonals, 1), torch.arange(B)
+    last = frames - 1
+    return -(grid[row, last + tokens, tokens] + blank[row, last, tokens])
+
+
+def measure(B: int, T: int, U1: int, V: int, threads: int) -> dict[str, float]:
+    """Milliseconds of loss and gradient either way; checked against each other first."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(B, T, U1, V, generator=g).requires_grad_()
+    targets = torch.randint(1, V, (B, U1 - 1), generator=g)
+    frames = torch.randint(T // 2, T + 1, (B,), generator=g)
+    tokens = torch.randint(U1 // 2, U1, (B,), generator=g)
+
+    def both(loss: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+        value = loss(logits, targets, frames, tokens)
+        return value.detach(), torch.autograd.grad(value.sum(), logits)[0]
+
+    ours, theirs = both(rnnt_loss), both(in_torch)
+    for name, a, b in zip(("loss", "gradient"), ours, theirs, strict=True):
+        error = float(((a - b).abs() / b.abs().max()).max())
+        if not error <= 1e-4:  # torch keeps its lattice in float32
+            raise RuntimeError(f"{name}: expected torch's, got an error of {error}")
+    calls = {"prunelm": lambda: both(rnnt_loss), "torch": lambda: both(in_torch)}
+    return {
+        name: time.median_ms for name, time in interleaved(calls, threads=threads, runs=7).items()
+    }
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Prints a machine line, a table in milliseconds and one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(words)
+    print(one_line(describe()), f"median of 7 in milliseconds, {options.threads} threads")
+    print("    B    T  U+1     V    prunelm      torch   ratio")
+    results = []
+    for B, T, U1, V in SHAPES:
+        times = measure(B, T, U1, V, options.threads)
+        ratio = times["torch"] / times["prunelm"]
+        print(
+            f"{B:5} {T:4} {U1:4} {V:5} {times['prunelm']:10.2f} {times['torch']:10.2f} {ratio:7.1f}"
+        )
+        results.append({"B": B, "T": T, "U1": U1, "V": V, **times})
+    print(json.dumps({"bench": "rnnt_loss", "threads": options.threads, "ms": results}))
+
+
+if __name__ == "__main__":
+    main()
