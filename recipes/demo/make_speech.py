@@ -66,19 +66,34 @@ class Job:
     peak: float = 0.5
 
 
-def training_jobs(lines: Sequence[str], count: int, seed: int) -> list[Job]:
-    """Draws `count` sentences of 3 to 11 words whose words all occur at least 3 times."""
-    frequent = {w for w, n in Counter(w for x in lines for w in x.split()).items() if n >= 3}
-    short = [x for x in lines if 3 <= len(x.split()) <= 11 and frequent.issuperset(x.split())]
-    if len(short) < count:
-        raise ValueError(f"text: expected at least {count} usable lines, got {len(short)}")
+def training_lines(lines: Sequence[str], count: int, random_words: float, seed: int) -> list[str]:
+    """Draws `count` training sentences of 3 to 11 words.
+
+    A share `random_words` of them is 4 to 8 words drawn at random instead, frequent ones somewhat
+    more often, so that the recogniser learns sounds and not sentences.
+    """
+    counts = Counter(word for line in lines for word in line.split())
+    kept = {word: n for word, n in counts.items() if n >= (5 if random_words else 3)}
+    short = [x for x in lines if 3 <= len(x.split()) <= 11 and kept.keys() >= set(x.split())]
     rng = random.Random(seed)
-    texts = rng.sample(short, count)
+    loose = round(count * random_words)
+    if len(short) < count - loose:
+        raise ValueError(f"text: expected at least {count - loose} usable lines, got {len(short)}")
+    texts = rng.sample(short, count - loose)
+    words, weights = list(kept), [n**0.4 for n in kept.values()]
+    for _ in range(loose):
+        texts.append(" ".join(rng.choices(words, weights, k=rng.randint(4, 8))))
+    return texts
+
+
+def training_jobs(texts: Sequence[str], split: str, seed: int) -> list[Job]:
+    """Gives each sentence a voice, by the shares in TRAIN, and a way of speaking."""
+    rng = random.Random(f"{seed} voices")
     voices = [voice for voice, _ in TRAIN]
-    chosen = rng.choices(voices, [share for _, share in TRAIN], k=count)
+    chosen = rng.choices(voices, [share for _, share in TRAIN], k=len(texts))
     return [
         Job(
-            id=f"train-{i:05d}",
+            id=f"{split}-{i:05d}",
             voice=voice,
             line=Line(text, tempo=rng.uniform(0.9, 1.25), pitch=rng.uniform(0.15, 0.85)),
             warp=rng.uniform(0.88, 1.14),
@@ -182,16 +197,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", type=Path, required=True, help="training sentences, .gz or plain")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--splits", nargs="+", default=["train", "valid", "test"])
+    parser.add_argument("--splits", nargs="+", default=["train", "valid", "test"])  # or train2, ...
     parser.add_argument("--count", type=int, default=5000, help="training utterances")
+    parser.add_argument("--random-words", type=float, default=0.0, help="share of such sentences")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     for split in options.splits:
-        if split == "train":
+        if split.startswith("train"):
             opened = gzip.open if options.text.suffix == ".gz" else open
             with opened(options.text, "rt", encoding="utf-8") as file:
-                jobs = training_jobs(normalised(file), options.count, options.seed)
+                texts = training_lines(
+                    normalised(file), options.count, options.random_words, options.seed
+                )
+            jobs = training_jobs(texts, split, options.seed)
         else:
             lines = normalised((TEXT / f"{split}.txt").read_text().splitlines())
             jobs = held_out_jobs(split, lines, VALID if split == "valid" else TEST)

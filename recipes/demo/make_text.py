@@ -17,7 +17,7 @@ def normalised(lines: Iterable[str]) -> list[str]:
 
 
 def sample(folder: Path, count: int, seed: int, temperature: float = 1.0) -> list[str]:
-    """Draws `count` distinct sentences of at most 64 tokens from the language model in `folder`."""
+    """Draws `count` distinct sentences of at most 48 tokens from the language model in `folder`."""
     import torch
 
     from prunelm.models.lm import TransformerLM
@@ -26,7 +26,7 @@ def sample(folder: Path, count: int, seed: int, temperature: float = 1.0) -> lis
     model, tokenizer, _ = load_model(folder, kind="lm")
     assert isinstance(model, TransformerLM)
     generator = torch.Generator().manual_seed(seed)
-    rows, longest = 200, 65
+    rows, longest = 400, 49
     lines: dict[str, None] = {}
     path = torch.arange(longest)[None] * rows + torch.arange(rows)[:, None]
     with torch.inference_mode():
@@ -35,9 +35,11 @@ def sample(folder: Path, count: int, seed: int, temperature: float = 1.0) -> lis
             tokens = torch.zeros(rows, longest + 1, dtype=torch.int64)
             for i in range(longest):
                 length = torch.full((rows,), i + 1)
-                logits = model.step(tokens[:, i], path, length, cache)
+                logits = model.step(tokens[:, i], path[:, : i + 1].contiguous(), length, cache)
                 weights = (logits / temperature).softmax(-1)
                 tokens[:, i + 1] = torch.multinomial(weights, 1, generator=generator)[:, 0]
+                if (tokens[:, 1 : i + 2] == 0).any(1).all():
+                    break
             for row in tokens[:, 1:].tolist():
                 if 0 in row:  # the sentence ended
                     lines.update(dict.fromkeys(normalised([tokenizer.decode(row[: row.index(0)])])))

@@ -133,6 +133,7 @@ def train(
         head_dim=48,
         joiner_dim=128,
         ctc_weight=0.4,
+        dropout=options.dropout,
     )
     model = Transducer(config)
     mean = copy.deepcopy(model)
@@ -156,7 +157,8 @@ def train(
         if done >= 1:
             break
         features, frames, targets, lengths = collate(batch, tokenizer)
-        features = spec_augment(features, frames, generator)
+        if not options.plain:
+            features = spec_augment(features, frames, generator)
         fraction = options.start + (1 - options.start) * done
         rate = (
             options.lr * min(1.0, (step + 1) / 250) * (0.51 + 0.49 * math.cos(math.pi * fraction))
@@ -194,20 +196,24 @@ def main() -> None:
     parser.add_argument("--speech", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--splits", nargs="+", default=["train"], help="parts to train on")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--start", type=float, default=0.0, help="place in the schedule, 0 to 1")
     parser.add_argument("--frames", type=int, default=4800, help="per batch")
     parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--dropout", type=float, default=0.05)
+    parser.add_argument("--plain", action="store_true", help="no SpecAugment")
     parser.add_argument("--bf16", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(1)
     options.out.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.load(options.tokenizer)
-    examples, valid = (
+    valid, *parts = (
         read_examples(options.speech / f"{split}.tsv", options.speech / f"{split}.features.pt")
-        for split in ("train", "valid")
+        for split in ("valid", *options.splits)
     )
+    examples = [example for part in parts for example in part]
     model = train(examples, valid, tokenizer, options)
     errors = word_errors(model, valid, tokenizer)
     print(f"valid word error rate {errors}")
