@@ -1,0 +1,57 @@
+"""The AN4 recipe's command line works on a corpus of that layout."""
+
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+
+from prunelm.cli import main
+from prunelm.models.transducer import Transducer
+from prunelm.training.checkpoint import load_model
+
+CONFIG = Path(__file__).parent.parent / "recipes" / "an4" / "config.yaml"
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder, names, lines = tmp_path / "an4", [], []
+    for speaker in ("fash", "mjwl", "fbbh"):
+        for number, text in enumerate(("YES", "ENTER G TWO", "GO")):
+            name = f"an{number}-{speaker}-b"
+            names.append(f"an4_clstk/{speaker}/{name}")
+            lines.append(f"<s> {text} </s> ({name})")
+            audio = folder / "wav" / f"{names[-1]}.wav"
+            audio.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(audio, 0.1 * torch.randn(16000).numpy(), 16000)
+    (folder / "etc").mkdir()
+    for name, content in (("fileids", names), ("transcription", lines)):
+        (folder / "etc" / f"an4_train.{name}").write_text("\n".join(content) + "\n")
+    return folder
+
+
+def train(corpus: Path, out: Path, *more: str) -> int:
+    words = ["train", "recogniser", "--config", str(CONFIG), "--corpus", str(corpus), "--out"]
+    small = ["--layers", "1", "--dim", "12", "--heads", "1", "--ff", "8", "--seconds", "4"]
+    return main([*words, str(out), *small, "--options.steps", "3", "--ctc_first", "2", *more])
+
+
+def test_the_recipe_trains_and_its_result_loads(corpus: Path, tmp_path: Path) -> None:
+    assert train(corpus, tmp_path / "out", "--hold_out", "1", "--threads", "1") == 0
+    model, tokenizer, info = load_model(tmp_path / "out", kind="transducer")
+    assert isinstance(model, Transducer) and model.config.encoder == "conformer"
+    assert tokenizer.decode(tokenizer.encode("enter two")) == "enter two"
+    history = info["extra"]["history"]
+    assert [record["step"] for record in history["records"]] == [3]
+    assert history["records"][0]["validation"] >= 0
+
+
+def test_what_the_recipe_misses_is_one_line(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (corpus / "wav" / "an4_clstk" / "fash" / "an0-fash-b.wav").unlink()
+    assert train(corpus, tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert said.startswith("prunelm: error: an4 train in ") and said.count("\n") == 1
+    assert "expected 9 recordings, got 1 missing, the first" in said
+    assert not (tmp_path / "out").exists()
