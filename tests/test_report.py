@@ -12,7 +12,7 @@ from rich.console import Console
 
 from prunelm.study import results as r
 from prunelm.study.plots import PLOTS, count, png
-from prunelm.study.report import page, text_table, write_report
+from prunelm.study.report import page, text_table, tiles, write_report
 
 
 def wer(rate: float) -> dict[str, float | int]:
@@ -156,3 +156,15 @@ def test_numbers_that_are_none_are_refused(tmp_path: Path) -> None:
 )
 def test_counts_read_as_people_say_them(number: float, text: str) -> None:
     assert count(number) == text
+
+
+def test_tiles_choose_on_validation_text_only() -> None:
+    rows = [
+        r.Row(r.DENSE, "", 100, valid_perplexity=9.0, **wer(0.20)),
+        r.Row(r.NO_LM, "", 0, **wer(0.40)),
+        r.Row("A", "50%", 50, valid_perplexity=11.0, **wer(0.10)),
+        r.Row("B", "50%", 50, valid_perplexity=10.0, **wer(0.30)),
+    ]
+    shown = tiles(r.Results("t", {}, {}, r.in_order(rows)))
+    assert shown[0] == ("20.0 %", "WER with the dense LM", "40.0 % without LM, \u221250 % relative")
+    assert shown[1] == ("30.0 %", "WER at 50%", "B, best on validation text")

@@ -108,44 +108,48 @@ def draw_wer(ax: "Axes", results: Results) -> None:
 
 
 def draw_latency(ax: "Axes", results: Results) -> None:
-    """Milliseconds of an LM step against parameters, with and without the kernels."""
+    """Time of an LM step over the dense model's, against size, with and without the kernels."""
     for i, rows in enumerate(results.series().values()):
-        plain = [(r.parameters, r.torch_latency_ms) for r in rows if r.torch_latency_ms is not None]
+        plain = [(r.parameters, time) for r in rows if (time := r.relative("torch_latency_ms"))]
         if plain:
             ax.plot(*zip(*plain, strict=True), color=_color(i), lw=1.1, ls=(0, (2, 2)),
                     marker=_marker(i), ms=5, mfc="white", alpha=0.75)  # fmt: skip
-    _curves(ax, results, "parameters", "latency_ms")
-    _star(ax, results.row(DENSE), "parameters", "dense_latency_ms")
-    _level(ax, results.row(DENSE), "dense_latency_ms", "dense", "-")
+        points = [(r.parameters, time) for r in rows if (time := r.relative("latency_ms"))]
+        _line(ax, i, points, rows[0].series)
+    dense = results.row(DENSE)
+    ax.axhline(1, color=INK, lw=1.2, label="dense", zorder=1.5)
+    if dense is not None:
+        _point(ax, dense.parameters, 1)
     _size_axis(ax, results)
     ax.set_ylim(bottom=0)
-    ax.set_ylabel("one LM step (ms)")
-    if any(row.torch_latency_ms is not None for row in results.rows if row.target):
+    ax.set_ylabel("time of one LM step, dense = 1")
+    if any(row.relative("torch_latency_ms") for row in results.rows if row.target):
         ax.plot([], [], color=GREY, lw=1.1, ls=(0, (2, 2)), marker="o", ms=5, mfc="white",
                 label="same, plain torch")  # fmt: skip
     _legend(ax)
 
 
 def draw_trade(ax: "Axes", results: Results) -> None:
-    """WER against milliseconds of an LM step: lower left is better."""
+    """WER against the time of an LM step over the dense model's: lower left is better."""
     for i, rows in enumerate(results.series().values()):
         points = [
-            (r.latency_ms, 100 * r.wer)
-            for r in rows
-            if r.latency_ms is not None and r.wer is not None
+            (row, (time, 100 * row.wer))
+            for row in rows
+            if (time := row.relative("latency_ms")) is not None and row.wer is not None
         ]
-        _line(ax, i, points, rows[0].series)
-        shown = [r for r in rows if _has(r, ("latency_ms", "wer"))]
-        for row, point in zip(shown, points, strict=True):
+        _line(ax, i, [point for _, point in points], rows[0].series)
+        for row, point in points:
             # In turn below and above, so that labels of neighbouring curves stay apart.
             below = i % 2 == 0
             ax.annotate(row.target, point, xytext=(0, -7 if below else 6), ha="center",
                         textcoords="offset points", va="top" if below else "bottom",
                         fontsize=7.5, color=_color(i))  # fmt: skip
-    _star(ax, results.row(DENSE), "dense_latency_ms", "wer", 100, "dense")
+    dense = results.row(DENSE)
+    if dense is not None and dense.wer is not None:
+        _point(ax, 1, 100 * dense.wer, "dense")
     _level(ax, results.row(NO_LM), "wer", "no LM", (0, (4, 3)), 100)
     ax.set_xlim(left=0)
-    ax.set_xlabel("one LM step (ms)")
+    ax.set_xlabel("time of one LM step, dense = 1")
     ax.set_ylabel("word error rate (%)")
     _legend(ax)
 
@@ -170,10 +174,10 @@ PLOTS = (
     Plot(
         "latency",
         "Time of an LM step against size",
-        "Measured on this machine, in turn with the dense model. Hollow: the same pruned model on "
-        "plain torch, without prunelm's kernels.",
+        "Each model timed in turn with the dense one on plain torch. Hollow: the same pruned "
+        "model on plain torch too, without prunelm's kernels.",
         draw_latency,
-        ("latency_ms",),
+        ("latency_ms", "dense_latency_ms"),
     ),
     Plot(
         "trade",
@@ -181,7 +185,7 @@ PLOTS = (
         "The bargain itself: lower left is better. The dashed line costs nothing, the star is the "
         "model before pruning.",
         draw_trade,
-        ("latency_ms", "wer"),
+        ("latency_ms", "dense_latency_ms", "wer"),
     ),
 )
 
@@ -210,10 +214,13 @@ def _line(ax: "Axes", i: int, points: Sequence[tuple[float, float]], label: str)
                 mec="white", mew=0.8, label=label)  # fmt: skip
 
 
-def _star(ax: "Axes", row: Row | None, x: str, y: str, scale: float = 1.0, label: str = "") -> None:
+def _star(ax: "Axes", row: Row | None, x: str, y: str, scale: float = 1.0) -> None:
     if row is not None and _has(row, (x, y)):
-        ax.plot([getattr(row, x)], [scale * getattr(row, y)], marker="*", ms=11, color=INK, lw=0,
-                mec="white", mew=0.8, label=label or None)  # fmt: skip
+        _point(ax, getattr(row, x), scale * getattr(row, y))
+
+
+def _point(ax: "Axes", x: float, y: float, label: str | None = None) -> None:
+    ax.plot([x], [y], marker="*", ms=11, color=INK, lw=0, mec="white", mew=0.8, label=label)
 
 
 def _level(

@@ -47,7 +47,8 @@ def _wer(row: Row, dense: Row | None) -> str:
 def _against_dense(row: Row, dense: Row | None) -> str:
     if not dense or dense.wer is None or row.wer is None or row.series == DENSE:
         return NOTHING
-    return f"{100 * (row.wer - dense.wer):+.1f}".replace("-", MINUS)
+    points = round(100 * (row.wer - dense.wer), 1)
+    return f"{points:+.1f}".replace("-", MINUS) if points else "0.0"
 
 
 def _percent(fraction: float | None) -> str:
@@ -82,9 +83,9 @@ COLUMNS = (
     Column("WER % [95 %]", "with fusion", _wer, lambda row: row.wer),
     Column("vs dense", "points of WER", _against_dense),
     Column("FLOPs", "per token", _flops),
-    Column("Step ms", "with prunelm", _latency, lambda row: row.latency_ms),
+    Column("Step ms", "with prunelm", _latency),
     Column("Plain torch", "same model, ms", _plain),
-    Column("Speed-up", "over dense", _speedup),
+    Column("Speed-up", "over dense", _speedup, lambda row: row.relative("latency_ms")),
 )
 
 
@@ -146,9 +147,10 @@ def tiles(results: Results) -> list[tuple[str, str, str]]:
                       f"{_percent(no_lm.wer)} without LM, {relative}"))  # fmt: skip
     pruned = [row for row in results.rows if row.target and row.wer is not None]
     for target in sorted({row.target for row in pruned}, key=lambda t: -_largest(pruned, t))[:3]:
-        best = min((r for r in pruned if r.target == target), key=_wer_then_perplexity)
+        best = min((r for r in pruned if r.target == target), key=_by_validation)
         speed = f", step {best.speedup:.1f}{TIMES} as fast" if best.speedup else ""
-        shown.append((_percent(best.wer), f"lowest WER at {target}", f"{best.series}{speed}"))
+        why = "" if best.valid_perplexity is None else ", best on validation text"
+        shown.append((_percent(best.wer), f"WER at {target}", f"{best.series}{why}{speed}"))
     return shown
 
 
@@ -205,8 +207,9 @@ def _is_best(column: Column, row: Row, rows: Sequence[Row]) -> bool:
     return column.best(row) is not None and column.best(row) == min(values)
 
 
-def _wer_then_perplexity(row: Row) -> tuple[float, float]:
-    return row.wer or 0.0, row.perplexity or 0.0
+def _by_validation(row: Row) -> tuple[float, float]:
+    # Without a number to choose by, the largest: never the test set's best.
+    return row.valid_perplexity or 0.0, -float(row.parameters)
 
 
 def _largest(rows: Sequence[Row], target: str) -> int:
@@ -218,9 +221,13 @@ def _tile(value: str, what: str, compare: str) -> str:
     return f'<div class="tile"><b>{value}</b><span>{what}</span><small>{compare}</small></div>'
 
 
+def _fact(name: str) -> str:
+    return " ".join("LM" if word == "lm" else word for word in name.split("_"))
+
+
 def _facts(study: Mapping[str, object]) -> str:
     return "\n".join(
-        f"<dt>{html.escape(name.replace('_', ' '))}</dt><dd>{html.escape(str(value))}</dd>"
+        f"<dt>{html.escape(_fact(name))}</dt><dd>{html.escape(str(value))}</dd>"
         for name, value in study.items()
     )
 

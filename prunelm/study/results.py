@@ -62,12 +62,22 @@ class Row:
         """What a table calls the row."""
         return f"{self.series}, {self.target}" if self.target else self.series
 
+    def relative(self, latency: str) -> float | None:
+        """A step's time over that of the dense LM, which was measured in turn with it.
+
+        Args:
+            latency: "latency_ms" or "torch_latency_ms".
+        """
+        value = getattr(self, latency)
+        if value is None or self.dense_latency_ms is None:
+            return None
+        return float(value / self.dense_latency_ms)
+
     @property
     def speedup(self) -> float | None:
         """How many times faster than the dense LM a step is."""
-        if self.latency_ms is None or self.dense_latency_ms is None:
-            return None
-        return self.dense_latency_ms / self.latency_ms
+        relative = self.relative("latency_ms")
+        return None if relative is None else 1 / relative
 
 
 @dataclass(frozen=True)

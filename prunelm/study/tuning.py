@@ -13,7 +13,7 @@ from prunelm.study.testbed import TestBed
 
 WEIGHTS = (0.1, 0.2, 0.3, 0.4)
 # A language model makes long outputs unlikely; a reward per token pays that back.
-REWARDS = (0.0, 0.5, 1.0)
+REWARDS = (0.0, 0.5, 1.0, 1.5)
 
 
 @dataclass(frozen=True)
