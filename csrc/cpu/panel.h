@@ -63,7 +63,7 @@ struct Tiles {
 // anew, at every multiple of kChunk and after at most kRun terms. The rule knows the pattern of
 // stored blocks but not M, so a row's bits do not depend on M. Short runs lose fewer bits; chunks
 // keep a panel's weights in the first-level cache while all tiles read them.
-constexpr int64_t kRun = 128;
+constexpr int64_t kRun = 64;
 constexpr int64_t kChunk = 512;
 
 struct Bf16 {
