@@ -42,7 +42,7 @@ def demo_grid(
         steps: of recovery, for each size.
         lr: highest learning rate of the recovery.
     """
-    methods: dict[str, Method] = {"Blocks 16x16": Blocks(16, 16)}
+    methods: dict[str, Method] = {"Blocks 16x4": Blocks(16, 4)}
     return Grid(
         methods={
             **methods,
@@ -50,6 +50,7 @@ def demo_grid(
             "LowRank": LowRank(multiple_of=8),
         },
         targets=targets,
+        criteria=(Taylor(batches=8),),
         recovery=Finetune(steps=steps, lr=lr, distill=0.5),
     )
 
@@ -70,7 +71,7 @@ def study_grid(
     structured, low_rank = Heads() | Neurons(multiple_of=8), LowRank(multiple_of=8)
     methods: dict[str, Method]
     if preset == "laptop":
-        methods = {"Heads | Neurons": structured, "Blocks 16x16": Blocks(16, 16)}
+        methods = {"Heads | Neurons": structured, "Blocks 16x4": Blocks(16, 4)}
         grid = Grid(
             methods={**methods, "LowRank": low_rank},
             targets=("50%", "25%"),
