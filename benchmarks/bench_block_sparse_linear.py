@@ -57,7 +57,8 @@ def forward(
         "dense": lambda: F.linear(x, dense),
     }
     exact = F.linear(x.double(), dense.double())
-    check(ops.block_sparse_linear(x, weight), F.linear(x, dense), exact, "block_sparse_linear")
+    what = f"block_sparse_linear at M={M} N={N} K={K}, block {block}, sparsity {sparsity}"
+    check(ops.block_sparse_linear(x, weight), F.linear(x, dense), exact, what)
     if block[0] == block[1] >= 16 and (N, K) == SHAPES[0] and sparsity >= 0.75:
         calls["torch_bsr"] = torch_bsr(x, dense, block)
     with torch.inference_mode():

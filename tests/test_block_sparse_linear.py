@@ -206,7 +206,9 @@ def test_backend_that_cannot_run_gives_all_reasons() -> None:
     weight, x = weight_of(32, 64, (16, 4), 0.5, torch.float32), torch.randn(2, 64)
     with pytest.raises(ValueError, match=r"cuda cannot .*: .*x: expected a cuda.*values: exp"):
         ops.block_sparse_linear(x, weight, backend="cuda")
-    with pytest.raises(ValueError, match=r"cpu cannot run .*x: expected one of float32.*values: exp"):
+    with pytest.raises(
+        ValueError, match=r"cpu cannot run .*x: expected one of float32.*values: exp"
+    ):
         ops.block_sparse_linear(x.long(), weight, backend="cpu")
     with pytest.raises(ValueError, match=r"backend: expected one of .* got 'gpu'"):
         ops.block_sparse_linear(x, weight, backend="gpu")
