@@ -271,7 +271,19 @@ def test_every_epoch_has_every_utterance_once(
         assert all(later[0] >= earlier[1] - 0.8 for earlier, later in pairwise(ends))
     assert plans[0] != plans[1]
     longest = [max(batches.seconds[i] / speed for i, speed in group) for group in plans[0]]
-    assert longest[0] < longest[-1], "the first epoch goes from short to long"
+    assert longest[0] < longest[1] < longest[2], "the first epoch goes from short to long"
+
+
+def test_the_first_batches_go_from_short_to_long(tokenizer: Tokenizer) -> None:
+    many = [Utterance(str(i), Path("none.wav"), "a", float(1 + i)) for i in range(40)]
+    batches = SpeechBatches(many, tokenizer, seconds=41.0, short_first=7)
+    first, second = (
+        [max(batches.seconds[i] for i, _ in g) for g in batches.plan(e)] for e in (0, 1)
+    )
+    assert len(first) == 20 and max(first) == 40
+    # They are drawn from short and long alike, and the rest is shuffled.
+    assert first[:7] == sorted(first[:7]) and max(first[:7]) > min(first[7:])
+    assert first[7:] != sorted(first[7:]) and second[:7] != sorted(second[:7])
 
 
 def test_augmentation_begins_when_it_is_told(corpus: list[Utterance], tokenizer: Tokenizer) -> None:

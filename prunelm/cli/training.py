@@ -36,6 +36,11 @@ def train_lm(
     valid: Path | None = None,
     tokenizer: Path | None = None,
     preset: Literal["small", "paper-20m", "tiny"] = "small",
+    layers: int | None = None,
+    dim: int | None = None,
+    heads: int | None = None,
+    head_dim: int | None = None,
+    ff: int | None = None,
     dropout: float = 0.0,
     vocab_size: int = 500,
     units: Literal["unigram", "char"] = "unigram",
@@ -52,7 +57,12 @@ def train_lm(
         valid: lines to choose the best weights by.
         tokenizer: a tokenizer.model, such as a recogniser's, whose tokens fusion needs; by
             default one is made from the text.
-        preset: the model's size.
+        preset: the model's size, where the next five do not say otherwise.
+        layers: blocks.
+        dim: width.
+        heads: attention heads of a block.
+        head_dim: width of a head.
+        ff: feed-forward width of a block.
         dropout: fraction of activations.
         vocab_size: of a new tokenizer.
         units: of a new tokenizer.
@@ -64,7 +74,13 @@ def train_lm(
     set_threads(threads)
     pieces = chosen_tokenizer(lambda: read_lines(text), out, tokenizer, vocab_size, units)
     torch.manual_seed(options.seed)
-    model = TransformerLM(LMConfig.preset(preset, pieces.vocab_size, dropout))
+    start = LMConfig.preset(preset, pieces.vocab_size)
+    size = LayerSizes(heads or start.layers[0].heads, ff or start.layers[0].ff)
+    config = LMConfig(
+        pieces.vocab_size, dim or start.dim, head_dim or start.head_dim,
+        (size,) * (layers or len(start.layers)), dropout,
+    )  # fmt: skip
+    model = TransformerLM(config)
     path = token_ids(text, pieces, out / "work")
     rank, world = place()
     batches = TokenBatches(path, pieces, batch, length, options.seed, rank, world)
@@ -77,7 +93,7 @@ def train_lm(
         folder=out,
         validate=(lambda lm: perplexity(lm, lines, pieces).per_word) if lines else None,
         tokenizer=pieces,
-        describe=f"{preset}, {model.config.parameter_count:,} parameters",
+        describe=f"{config.parameter_count:,} parameters",
     )
     if rank == 0:
         best = f", best perplexity per word {history.best:.2f}" if lines else ""

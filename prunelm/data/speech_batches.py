@@ -97,9 +97,9 @@ class FeatureCache:
 class SpeechBatches:
     """`batches(step)`: a pure function of the step and the seed, so that resuming is exact.
 
-    Every epoch draws a speed for each utterance, sorts by length and cuts `count` batches of about
-    equally many frames. The first epoch goes from short to long, which is how alignments are found
-    soonest (arXiv 1512.02595); later ones are shuffled.
+    Every epoch draws a speed for each utterance, sorts by length, cuts `count` batches of about
+    equally many frames and shuffles them. The first `short_first` of all go from short to long,
+    which is how alignments are found soonest (arXiv 1512.02595).
     """
 
     def __init__(
@@ -108,6 +108,7 @@ class SpeechBatches:
         tokenizer: Tokenizer,
         *,
         seconds: float = 48.0,
+        short_first: int = 500,
         augmentation: Augmentation | None = None,
         cache: FeatureCache | None = None,
         seed: int = 0,
@@ -119,6 +120,7 @@ class SpeechBatches:
         Args:
             utterances: at least one.
             seconds: audio in a batch, about.
+            short_first: batches that are sorted by length, at most an epoch's.
             augmentation: None: the features as they are.
             cache: to share among several; None: a new one.
             rank: this process's number of `world`, each of which takes every `world`th batch.
@@ -133,6 +135,7 @@ class SpeechBatches:
         self.utterances, self.augmentation = list(utterances), augmentation
         self.cache = cache or FeatureCache(LogMel())
         self.seed, self.rank, self.world = seed, rank, world
+        self.short_first = short_first
         self.tokens = [token_ids(each, tokenizer) for each in utterances]
         self.seconds = [length_seconds(each) for each in utterances]
         total = math.fsum(self.seconds)
@@ -177,7 +180,7 @@ class SpeechBatches:
         groups = [order[begin:end] for begin, end in zip(ends, [*ends[1:], size], strict=True)]
         shuffled = torch.randperm(self.count, generator=generator).tolist()
         if epoch == 0:
-            shuffled.sort()
+            shuffled[: self.short_first] = sorted(shuffled[: self.short_first])
         return [[members[i] for i in groups[b]] for b in shuffled]
 
 

@@ -50,11 +50,10 @@ def pack_model(source: Path, name: str) -> None:
 
     model, tokenizer, info = load_model(source)
     extra: dict[str, Any] = {"recipe": "recipes/demo"}
-    for key in ("describe", "options", "valid word error rate"):
-        if key in info["extra"]:
-            extra[key] = info["extra"][key]
-    if "history" in info["extra"]:
-        extra["valid perplexity"] = info["extra"]["history"]["best"]
+    for key in ("describe", "options"):
+        extra[key] = info["extra"][key]
+    best = "valid perplexity" if name == "lm" else "valid word error rate"
+    extra[best] = info["extra"]["history"]["best"]
     save_model(PACKAGE / name, model, tokenizer, extra, dtype=torch.float16)
     print(f"{name}: {(PACKAGE / name / 'model.safetensors').stat().st_size} bytes")
 

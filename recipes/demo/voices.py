@@ -56,16 +56,20 @@ def speak(voice: Voice, lines: Sequence[Line]) -> list[Audio]:
 
 
 def resample(audio: Audio, factor: float) -> Audio:
-    """Stretches [S] to [round(S * factor)] through the spectrum, which band-limits exactly."""
+    """Stretches [S] to [round(S * factor)] through the spectrum, which band-limits exactly.
+
+    The factor is off by up to 32 samples of the whole: both transforms then have lengths of small
+    prime factors, which are several times faster.
+    """
     size = round(len(audio) * factor)
     pad = 512  # keeps the wrap-around of the transform out of the speech
-    padded = np.pad(audio.astype(np.float64), pad)
+    padded = np.pad(audio.astype(np.float32), (pad, pad + -(len(audio) + 2 * pad) % 256))
+    length = 64 * round(len(padded) * factor / 64)
     spectrum = np.fft.rfft(padded)
-    length = round(len(padded) * factor)
     bins = length // 2 + 1
     spectrum = np.pad(spectrum[:bins], (0, max(0, bins - len(spectrum))))
-    start = round(pad * factor)
     stretched = np.fft.irfft(spectrum, length) * (length / len(padded))
+    start = round(pad * length / len(padded))
     return stretched[start : start + size].astype(np.float32)
 
 

@@ -1,4 +1,4 @@
-"""The AN4 recipe's command line works on a corpus of that layout."""
+"""The recipes' command lines work on small data of the layout that they expect."""
 
 from pathlib import Path
 
@@ -7,10 +7,12 @@ import soundfile
 import torch
 
 from prunelm.cli import main
+from prunelm.models.lm import LayerSizes, TransformerLM
 from prunelm.models.transducer import Transducer
 from prunelm.training.checkpoint import load_model
 
-CONFIG = Path(__file__).parent.parent / "recipes" / "an4" / "config.yaml"
+RECIPES = Path(__file__).parent.parent / "recipes"
+CONFIG = RECIPES / "an4" / "config.yaml"
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ def train(corpus: Path, out: Path, *more: str) -> int:
     return main([*words, str(out), *small, "--options.steps", "3", "--ctc_first", "2", *more])
 
 
-def test_the_recipe_trains_and_its_result_loads(corpus: Path, tmp_path: Path) -> None:
+def test_the_an4_recipe_trains_and_its_result_loads(corpus: Path, tmp_path: Path) -> None:
     assert train(corpus, tmp_path / "out", "--hold_out", "1", "--threads", "1") == 0
     model, tokenizer, info = load_model(tmp_path / "out", kind="transducer")
     assert isinstance(model, Transducer) and model.config.encoder == "conformer"
@@ -46,7 +48,7 @@ def test_the_recipe_trains_and_its_result_loads(corpus: Path, tmp_path: Path) ->
     assert history["records"][0]["validation"] >= 0
 
 
-def test_what_the_recipe_misses_is_one_line(
+def test_what_the_an4_recipe_misses_is_one_line(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (corpus / "wav" / "an4_clstk" / "fash" / "an0-fash-b.wav").unlink()
@@ -55,3 +57,28 @@ def test_what_the_recipe_misses_is_one_line(
     assert said.startswith("prunelm: error: an4 train in ") and said.count("\n") == 1
     assert "expected 9 recordings, got 1 missing, the first" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_the_demo_recipes_train_a_recogniser_and_an_lm_of_one_vocabulary(tmp_path: Path) -> None:
+    demo = RECIPES / "demo"
+    lines = [f"{verb} the {noun}" for verb in ("open", "close", "dim") for noun in ("door", "lamp")]
+    (tmp_path / "text.txt").write_text("\n".join(lines * 3) + "\n")
+    small = ["--layers", "1", "--dim", "12", "--heads", "1", "--ff", "8", "--options.steps", "2"]
+    lm = ["--text", str(tmp_path / "text.txt"), "--valid", str(tmp_path / "text.txt")]
+    tiny = [*small, "--vocab_size", "18", "--batch", "2", "--length", "8", "--threads", "1"]
+    out = str(tmp_path / "lm")
+    assert main(["train", "lm", "--config", str(demo / "lm.yaml"), *lm, "--out", out, *tiny]) == 0
+    model, tokenizer, _ = load_model(out, kind="lm")
+    assert isinstance(model, TransformerLM)
+    assert model.config.layers == (LayerSizes(1, 8),) and model.config.head_dim == 32
+    for split in ("train", "valid"):
+        rows = ["id\tpath\ttext"]
+        for number, line in enumerate(lines):
+            soundfile.write(tmp_path / f"{number}.wav", 0.1 * torch.randn(16000).numpy(), 16000)
+            rows.append(f"{number}\t{number}.wav\t{line}")
+        (tmp_path / f"{split}.tsv").write_text("\n".join(rows) + "\n")
+    words = ["train", "recogniser", "--config", str(demo / "recogniser.yaml"), *small]
+    place = ["--corpus", str(tmp_path), "--tokenizer", out, "--out", str(tmp_path / "recogniser")]
+    assert main([*words, *place, "--seconds", "2", "--ctc_first", "1", "--threads", "1"]) == 0
+    loaded, same, _ = load_model(tmp_path / "recogniser", kind="transducer", tokenizer=tokenizer)
+    assert isinstance(loaded, Transducer) and same.fingerprint == tokenizer.fingerprint
