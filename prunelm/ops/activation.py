@@ -8,13 +8,15 @@ from torch import Tensor
 
 # Position in this tuple is the code that the compiled ops take.
 ACTIVATIONS = (None, "relu", "gelu", "silu")
+_CODES = {activation: code for code, activation in enumerate(ACTIVATIONS)}
 
 
 def activation_code(activation: str | None) -> int:
     """The compiled ops' code of an activation; ValueError if there is no such activation."""
-    if activation not in ACTIVATIONS:
+    code = _CODES.get(activation)
+    if code is None:
         raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
-    return ACTIVATIONS.index(activation)
+    return code
 
 
 def activate(x: Tensor, activation: str | None) -> Tensor:

@@ -60,7 +60,7 @@ def low_rank_linear(
     if isinstance(down, BlockSparse) or isinstance(up, BlockSparse):
         if not (isinstance(down, BlockSparse) and isinstance(up, BlockSparse)):
             raise ValueError("down, up: expected both in blocks or none, got one")
-        return _through_blocks(x, down, up, bias, activation, backend)
+        return _through_blocks(x, down, up, bias, code, backend)
     thin, wide, device = down, up, x.device.type
     if torch.is_autocast_enabled(device):
         x, thin, wide, bias = autocast(x, thin, wide, bias)
@@ -76,28 +76,27 @@ def _through_blocks(
     down: BlockSparse,
     up: BlockSparse,
     bias: Tensor | None,
-    activation: str | None,
+    code: int,
     backend: str | None,
 ) -> Tensor:
     thin, wide, device = down.values, up.values, x.device.type
-    on_gpu = backend in ("cuda", "triton") or (backend is None and device == "cuda")
+    on_gpu = device == "cuda" if backend is None else backend in ("cuda", "triton")
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, thin, wide, bias)
     )
     if on_gpu or needs_grad:
         middle = block_sparse_linear(x, down, backend=backend)
-        return block_sparse_linear(middle, up, bias, activation, backend)
+        return block_sparse_linear(middle, up, bias, ACTIVATIONS[code], backend)
     if torch.is_autocast_enabled(device):
         x, thin, wide, bias = autocast(x, thin, wide, bias)
-    if choose("low_rank_linear", device, x, {"down": thin, "up": wide}, backend) == "reference":
-        return low_rank_linear_reference(x, down.to_dense(), up.to_dense(), bias, activation)
-    return cast(
-        Tensor,
-        _OP_BLOCKS(
-            *(x, thin, down.crow, down.col, wide, up.crow, up.col, bias),
-            *(down.shape[0], up.shape[0], activation_code(activation)),
-        ),
-    )
+    if backend is not None or device != "cpu":  # else it costs as much as a small product
+        weights = {"down": thin, "up": wide}
+        if choose("low_rank_linear", device, x, weights, backend) == "reference":
+            plain = (down.to_dense(), up.to_dense())
+            return low_rank_linear_reference(x, *plain, bias, ACTIVATIONS[code])
+    N, R = up.shape
+    factors = (thin, down.crow, down.col, wide, up.crow, up.col)
+    return cast(Tensor, _OP_BLOCKS(x, *factors, bias, R, N, code))
 
 
 def low_rank_linear_reference(
