@@ -5,7 +5,7 @@ is left out. The baseline is icefall's modified beam search with a Transformer L
 hypotheses in dictionaries, and for each non-blank candidate of a frame the language model over its
 whole padded prefix, all candidates of the frame in one call.
 
-python -m prunelm.benchmarks.bench_decoding
+python -m prunelm.benchmarks.bench_decoding [--save]
 """
 
 import argparse
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from prunelm import accelerate
+from prunelm.benchmarks.harness import commit, merge
 from prunelm.decoding import Fusion, Hypothesis, greedy, mbs
 from prunelm.metrics.speed import interleaved
 from prunelm.models.lm import KVCache, LayerSizes, LMConfig, TransformerLM
@@ -140,6 +141,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--no-baseline", action="store_true", help="leave the slow search out")
+    parser.add_argument("--save", action="store_true", help="merge into benchmarks/results")
     o = parser.parse_args(words)
     torch.set_num_threads(o.threads)
     model, lms = models(o.vocabulary)
@@ -190,9 +192,17 @@ def main(words: Sequence[str] | None = None) -> None:
         speed = 1 / row["rtf"]
         print(f"{name:28} {row['ms']:9.1f} {row['rtf']:9.5f} {speed:12.0f} {share}", flush=True)
         rows.append(row)
-    print(
-        json.dumps({"bench": "decoding", **vars(o), "audio_seconds": audio_seconds, "rows": rows})
-    )
+    found = {
+        "bench": "decoding",
+        "machine": one_line(describe()),
+        "commit": commit(),
+        **{name: value for name, value in vars(o).items() if name != "save"},
+        "audio_seconds": audio_seconds,
+        "rows": rows,
+    }
+    if o.save:
+        merge(f"decoding, {o.threads} threads", found)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunelm.data.files import replace_file
 from prunelm.study.machine import describe, one_line
 
 RESULTS = Path(__file__).parent / "results"
@@ -104,7 +105,7 @@ def report(name: str, threads: int, roof: Roof, rows: Sequence[dict[str, Any]], 
     found = {
         "bench": name,
         "machine": one_line(machine),
-        "commit": _commit(),
+        "commit": commit(),
         "torch": torch.__version__,
         "threads": threads,
         "roof": {"gflops": round(roof.gflops, 1), "gbytes": round(roof.gbytes, 1)},
@@ -116,11 +117,11 @@ def report(name: str, threads: int, roof: Roof, rows: Sequence[dict[str, Any]], 
     print(f"roof: {roof.gflops:.0f} GFLOP/s, {roof.gbytes:.0f} GB/s")
     print(table(rows))
     if save:
-        _merge(machine["processor"], f"{name}, {threads} threads", found)
+        merge(f"{name}, {threads} threads", found)
     print(json.dumps(found))
 
 
-def _commit() -> str:
+def commit() -> str:
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         run = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
@@ -132,12 +133,12 @@ def _commit() -> str:
     return run.stdout.strip() + ("+changes" if changed.returncode else "")
 
 
-def _merge(device: str, name: str, found: dict[str, Any]) -> None:
-    """Puts one benchmark's results into the device's file, beside what others measured."""
-    path = RESULTS / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json")
-    RESULTS.mkdir(exist_ok=True)
+def merge(name: str, found: dict[str, Any]) -> None:
+    """Puts one benchmark's results into this device's file, beside what others measured."""
+    machine = describe()
+    device = f"{machine['processor']} {machine['instruction set of torch']}".lower()
+    path = RESULTS / (re.sub(r"[^a-z0-9]+", "-", device).strip("-") + ".json")
     known = json.loads(path.read_text()) if path.exists() else {}
     known[name] = found
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
-    partial.replace(path)
+    with replace_file(path) as temporary:
+        temporary.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")

@@ -161,7 +161,7 @@ def write_row(folder: Path | str, key: str, row: Row) -> None:
 def read_row(folder: Path | str, key: str) -> Row | None:
     """The row of that key, or None where it is yet to be measured."""
     path = Path(folder) / "cells" / f"{key}.json"
-    return _row(path) if path.exists() else None
+    return _row(path, read_json(path)) if path.exists() else None
 
 
 def read_results(folder: Path | str) -> Results:
@@ -175,7 +175,7 @@ def read_results(folder: Path | str) -> Results:
     if not (folder / "study.json").is_file():
         raise FileNotFoundError(f"{folder}: expected a folder of results (study.json), found none")
     head = read_json(folder / "study.json")
-    rows = [_row(path) for path in sorted((folder / "cells").glob("*.json"))]
+    rows = [_row(path, read_json(path)) for path in sorted((folder / "cells").glob("*.json"))]
     if not rows:
         raise ValueError(f"{folder}: expected at least one finished cell in cells/, found none")
     return Results(head["title"], head["study"], head["machine"], in_order(rows))
@@ -195,9 +195,15 @@ def save_results(folder: Path | str, results: Results) -> None:
     write_json(Path(folder) / "results.json", {"format": FORMAT, **asdict(results)})
 
 
-def _row(path: Path) -> Row:
-    values = read_json(path)
-    values.pop("format")
+def load_results(path: Path | str) -> Results:
+    """What `save_results` wrote."""
+    head = read_json(path)
+    rows = tuple(_row(Path(path), values) for values in head["rows"])
+    return Results(head["title"], head["study"], head["machine"], rows)
+
+
+def _row(path: Path, values: dict[str, Any]) -> Row:
+    values = {name: value for name, value in values.items() if name != "format"}
     known = {f.name for f in fields(Row)}
     if set(values) != known:
         raise ValueError(f"{path}: expected the fields {sorted(known)}, got {sorted(values)}")

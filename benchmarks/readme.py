@@ -1,0 +1,151 @@
+"""Writes README.md's tables and its plot from what was measured, so that both say the same.
+
+    python -m prunelm.benchmarks.readme [--demo runs/demo]
+
+With --demo, a finished demo's results.json becomes results/demo.json first.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prunelm.data.files import replace_file
+from prunelm.study.machine import one_line
+from prunelm.study.plots import PLOTS, svg
+from prunelm.study.report import COLUMNS, lead
+from prunelm.study.results import DENSE, Results, load_results
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+PLOT = "wer"
+ROWS = (1, 8, 64)  # M of the kernels' table
+
+
+def markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; all columns but the first are right-aligned."""
+    rule = ["---", *["---:"] * (len(heading) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (heading, rule, *rows))
+
+
+def demo(results: Results) -> str:
+    """The demo's own table."""
+    dense = results.row(DENSE)
+    shown = [c for c in COLUMNS if c.heading not in ("vs dense", "Plain torch")]
+    rows = [
+        [row.name.replace("|", "\\|"), *(column.text(row, dense) for column in shown)]
+        for row in results.rows
+    ]
+    table = markdown(["Model", *(f"{c.heading} ({c.help})" for c in shown)], rows)
+    plot = next(plot for plot in PLOTS if plot.name == PLOT)
+    return (
+        f"![{plot.heading}](benchmarks/results/demo.svg)\n\n"
+        f"`prunelm demo`: {lead(results)[:1].lower()}{lead(results)[1:]} "
+        f"{one_line(dict(results.machine))}.\n\n{table}"
+    )
+
+
+def kernels(devices: Sequence[Mapping[str, Any]]) -> str:
+    """Speed of the linear ops over torch's dense one, and of decoding, one part per device."""
+    return "\n\n".join(part for found in devices for part in _device(found) if part)
+
+
+def _device(found: Mapping[str, Any]) -> list[str]:
+    blocks = found.get("block_sparse_linear, 1 threads")
+    ranks = found.get("low_rank_linear, 1 threads")
+    decoding = found.get("decoding, 1 threads")
+    heading = ["weight 1024 x 1024, float32", *(f"M = {M}" for M in ROWS)]
+    rows: list[list[str]] = []
+    parts = []
+    if blocks:
+        square = [r for r in blocks["rows"] if r["N"] == r["K"] == 1024 and r["sparsity"]]
+        for block in ("16x1", "16x4", "16x16", "32x32"):
+            for sparsity in (0.5, 0.75, 0.9, 0.95):
+                same = [r for r in square if r["block"] == block and r["sparsity"] == sparsity]
+                name = f"{block} blocks, {100 * sparsity:.0f} % zeros"
+                rows += _row(name, same, lambda r: f"{r['speedup']:.1f}x")
+    if ranks:
+        square = [r for r in ranks["rows"] if r["N"] == r["K"] == 1024]
+        for rank in sorted({r["R"] for r in square}):
+            same = [r for r in square if r["R"] == rank]
+            name = f"rank {rank} (over two linears)"
+            rows += _row(name, same, lambda r: f"{r['over_dense']:.1f}x ({r['over_two']:.1f}x)")
+    if rows:
+        first = blocks or ranks
+        about = f"{first['machine']}; 1 thread, medians, commit {first['commit']}."
+        parts.append(
+            f"Speed over `torch.nn.functional.linear`: {about}\n\n" + markdown(heading, rows)
+        )
+    if decoding:
+        lines = [
+            [
+                r["search"],
+                f"{r['ms']:.0f}",
+                f"{1 / r['rtf']:.0f}",
+                f"{r['lm_share']:.0%}" if "lm_share" in r else "",
+            ]
+            for r in decoding["rows"]
+        ]
+        parts.append(
+            f"Decoding {decoding['audio_seconds']:.0f} s of speech from the encoder's output on, "
+            f"beam {decoding['beam']}, {decoding['vocabulary']} tokens, a 3M language model; "
+            "*no cache* runs the language model over the whole prefix each time, as icefall:\n\n"
+            + markdown(["search", "ms", "times real time", "spent in the LM"], lines)
+        )  # fmt: skip
+    return parts
+
+
+def _row(
+    name: str, same: Sequence[Mapping[str, Any]], text: Callable[[Mapping[str, Any]], str]
+) -> list[list[str]]:
+    found = {r["M"]: r for r in same}
+    return [[name, *(text(found[M]) for M in ROWS)]] if found.keys() >= set(ROWS) else []
+
+
+def regions() -> dict[str, str]:
+    """What belongs between `<!-- results: NAME -->` and `<!-- end -->`."""
+    devices = [
+        json.loads(p.read_text()) for p in sorted(RESULTS.glob("*.json")) if p.stem != "demo"
+    ]
+    found = {"kernels": kernels(devices)}
+    if (RESULTS / "demo.json").is_file():
+        found["demo"] = demo(load_results(RESULTS / "demo.json"))
+    return found
+
+
+def filled(text: str) -> str:
+    """README's text with its regions made anew."""
+    for name, content in regions().items():
+        begin = f"<!-- results: {name} -->\n"
+        pattern = re.compile(re.escape(begin) + ".*?(?=<!-- end -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"README.md: expected a line {begin.strip()!r}, found none")
+        body = f"{content}\n" if content else ""
+        text = pattern.sub(lambda _, new=begin + body: new, text)
+    return text
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Fills README.md."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--demo", type=Path, help="folder of a finished demo")
+    options = parser.parse_args(words)
+    if options.demo is not None:
+        results = load_results(options.demo / "results.json")
+        with replace_file(RESULTS / "demo.json") as temporary:
+            temporary.write_text((options.demo / "results.json").read_text())
+        plot = next(plot for plot in PLOTS if plot.name == PLOT)
+        with replace_file(RESULTS / "demo.svg") as temporary:
+            temporary.write_text(
+                svg(plot, results).replace("<svg ", '<svg style="background:white" ', 1)
+            )
+    readme = ROOT / "README.md"
+    with replace_file(readme) as temporary:
+        temporary.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"{readme}: written")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""README says what the committed results say."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from prunelm.benchmarks import readme
+from prunelm.study.results import Results, Row, in_order, save_results
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_readme_says_what_the_committed_results_say() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.filled(text) == text
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr(readme, "RESULTS", tmp_path / "results")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "README.md").write_text(
+        "a\n<!-- results: demo -->\nstale\n<!-- end -->\n"
+        "b\n<!-- results: kernels -->\n<!-- end -->\n"
+    )
+    return tmp_path
+
+
+def test_regions_are_filled_and_the_rest_stays(elsewhere: Path) -> None:
+    dense = Row("dense LM", "", 1000, perplexity=40.0, latency_ms=2.0, dense_latency_ms=2.0)
+    half = Row("Heads | Neurons", "50%", 500, perplexity=50.0, latency_ms=1, dense_latency_ms=2)
+    results = Results("demo", {}, {"processor": "a processor"}, in_order([half, dense]))
+    save_results(elsewhere / "run", results)
+    row = {"N": 1024, "K": 1024, "block": "16x4", "sparsity": 0.75}
+    rows = [{**row, "M": M, "speedup": 1.25 * M} for M in (1, 8, 64)] + [{**row, "M": 7}]
+    found = {"machine": "another", "commit": "abc", "rows": rows}
+    (elsewhere / "results" / "chip.json").write_text(
+        json.dumps({"block_sparse_linear, 1 threads": found})
+    )
+    readme.main(["--demo", str(elsewhere / "run")])
+    text = (elsewhere / "README.md").read_text()
+    assert text.startswith("a\n<!-- results: demo -->\n![") and "stale" not in text
+    assert "<!-- end -->\nb\n<!-- results: kernels -->\n" in text
+    assert "| Heads \\| Neurons, 50% | 500 (50%) | 50.0 |" in text and "| 2.00" in text
+    assert "| 16x4 blocks, 75 % zeros | 1.2x | 10.0x | 80.0x |" in text
+    assert "another; 1 thread, medians, commit abc" in text
+    assert readme.filled(text) == text
+    assert "<svg" in (elsewhere / "results" / "demo.svg").read_text()
+
+
+def test_a_readme_without_the_region_is_refused(elsewhere: Path) -> None:
+    (elsewhere / "README.md").write_text("no regions\n")
+    with pytest.raises(ValueError, match="expected a line '<!-- results: kernels -->', found none"):
+        readme.main([])
