@@ -59,7 +59,9 @@ def test_what_the_an4_recipe_misses_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_demo_recipes_train_a_recogniser_and_an_lm_of_one_vocabulary(tmp_path: Path) -> None:
+def test_the_demo_recipes_train_a_recogniser_and_an_lm_of_one_vocabulary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     demo = RECIPES / "demo"
     lines = [f"{verb} the {noun}" for verb in ("open", "close", "dim") for noun in ("door", "lamp")]
     (tmp_path / "text.txt").write_text("\n".join(lines * 3) + "\n")
@@ -71,14 +73,25 @@ def test_the_demo_recipes_train_a_recogniser_and_an_lm_of_one_vocabulary(tmp_pat
     model, tokenizer, _ = load_model(out, kind="lm")
     assert isinstance(model, TransformerLM)
     assert model.config.layers == (LayerSizes(1, 8),) and model.config.head_dim == 32
-    for split in ("train", "valid"):
+    for split in ("train", "sentences", "valid"):
         rows = ["id\tpath\ttext"]
         for number, line in enumerate(lines):
             soundfile.write(tmp_path / f"{number}.wav", 0.1 * torch.randn(16000).numpy(), 16000)
             rows.append(f"{number}\t{number}.wav\t{line}")
         (tmp_path / f"{split}.tsv").write_text("\n".join(rows) + "\n")
-    words = ["train", "recogniser", "--config", str(demo / "recogniser.yaml"), *small]
-    place = ["--corpus", str(tmp_path), "--tokenizer", out, "--out", str(tmp_path / "recogniser")]
-    assert main([*words, *place, "--seconds", "2", "--ctc_first", "1", "--threads", "1"]) == 0
-    loaded, same, _ = load_model(tmp_path / "recogniser", kind="transducer", tokenizer=tokenizer)
+    place = ["--corpus", str(tmp_path), "--tokenizer", out, "--seconds", "2", "--threads", "1"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    words = ["train", "recogniser", "--config", str(demo / "recogniser.yaml"), *small, *place]
+    assert main([*words, "--out", str(first), "--ctc_first", "1"]) == 0
+    loaded, same, _ = load_model(first, kind="transducer", tokenizer=tokenizer)
     assert isinstance(loaded, Transducer) and same.fingerprint == tokenizer.fingerprint
+    words[3] = str(demo / "recogniser-sentences.yaml")
+    still = ["--out", str(second), "--options.lr", "1e-12", "--options.average", "0"]
+    assert main([*words, *still, "--init", str(first)]) == 0
+    started, _, _ = load_model(second, kind="transducer")
+    for name, weight in loaded.state_dict().items():
+        assert torch.allclose(started.state_dict()[name], weight, atol=1e-6), name
+    other = ["--dim", "24", "--out", str(tmp_path / "third"), "--init", str(first)]
+    assert main([*words, *other]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("prunelm: error: init ") and "expected" in said

@@ -19,6 +19,7 @@ from prunelm.models.lm import LayerSizes, LMConfig, TransformerLM
 from prunelm.models.transducer import Transducer, TransducerConfig
 from prunelm.study.recognition import Searching, encode, transcribe
 from prunelm.study.testbed import token_ids
+from prunelm.training.checkpoint import copy_weights, load_model, untied_weights
 from prunelm.training.loop import TrainOptions, train
 from prunelm.training.recogniser import TransducerLoss
 
@@ -118,6 +119,7 @@ def train_recogniser(
     seconds: float = 32.0,
     ctc_first: int = 500,
     hold_out: int = 0,
+    init: Path | None = None,
     augmentation: Augmentation = AUGMENTATION,
     options: TrainOptions = RECOGNISER_OPTIONS,
     threads: int | None = None,
@@ -143,6 +145,7 @@ def train_recogniser(
         seconds: audio in a batch, on each process.
         ctc_first: batches that train the encoder by CTC alone, so that alignments form.
         hold_out: speakers to take out of the training split and choose the best weights by.
+        init: folder of a recogniser of the same sizes and vocabulary, whose weights to start from.
         augmentation: what is done to training features.
         options: how long and how fast.
         threads: of torch; by default its own choice.
@@ -164,6 +167,9 @@ def train_recogniser(
     )  # fmt: skip
     torch.manual_seed(options.seed)
     model = Transducer(config)
+    if init is not None:
+        source, _, _ = load_model(init, kind="transducer", tokenizer=pieces)
+        copy_weights(model, untied_weights(source), f"init {init}")
     rank, world = place()
     batches = SpeechBatches(
         utterances, pieces, seconds=seconds, augmentation=augmentation, seed=options.seed,

@@ -1,5 +1,7 @@
 """Makes the demo's speech: a training, a validation and a test set, each with a manifest.
 
+Beside train.tsv, sentences.tsv lists those training utterances that are no random words.
+
     python recipes/demo/make_speech.py --text commands/train.txt --out demo_speech
 
 Voices and sentences of the three sets are disjoint. See README.md beside this file.
@@ -179,8 +181,8 @@ def write_manifest(path: Path, rows: Sequence[dict[str, str]]) -> None:
     os.replace(temporary, path)
 
 
-def make_split(jobs: Sequence[Job], out: Path, split: str, workers: int) -> None:
-    """Makes all jobs in `workers` processes, one voice per piece of work."""
+def make_split(jobs: Sequence[Job], out: Path, split: str, workers: int) -> list[dict[str, str]]:
+    """Makes all jobs in `workers` processes, one voice per piece of work; returns the rows."""
     folder = out / split
     folder.mkdir(parents=True, exist_ok=True)
     by_voice: dict[Voice, list[Job]] = {}
@@ -193,20 +195,21 @@ def make_split(jobs: Sequence[Job], out: Path, split: str, workers: int) -> None
     write_manifest(out / f"{split}.tsv", rows)
     seconds = sum(float(row["seconds"]) for row in rows)
     print(f"{split}: {len(rows)} utterances, {seconds / 3600:.2f} h, {len(by_voice)} voices")
+    return sorted(rows, key=lambda row: row["id"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", type=Path, required=True, help="training sentences, .gz or plain")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--splits", nargs="+", default=["train", "valid", "test"])  # or train2, ...
+    parser.add_argument("--splits", nargs="+", default=["train", "valid", "test"])
     parser.add_argument("--count", type=int, default=5000, help="training utterances")
     parser.add_argument("--random-words", type=float, default=0.0, help="share of such sentences")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     for split in options.splits:
-        if split.startswith("train"):
+        if split == "train":
             opened = gzip.open if options.text.suffix == ".gz" else open
             with opened(options.text, "rt", encoding="utf-8") as file:
                 texts = training_lines(
@@ -216,7 +219,10 @@ def main() -> None:
         else:
             lines = normalised((TEXT / f"{split}.txt").read_text().splitlines())
             jobs = held_out_jobs(split, lines, VALID if split == "valid" else TEST)
-        make_split(jobs, options.out, split, options.workers)
+        rows = make_split(jobs, options.out, split, options.workers)
+        if split == "train":  # its random words come last
+            sentences = len(rows) - round(options.count * options.random_words)
+            write_manifest(options.out / "sentences.tsv", rows[:sentences])
 
 
 if __name__ == "__main__":
