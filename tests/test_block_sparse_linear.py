@@ -15,7 +15,7 @@ from prunelm import BlockSparse, ops
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 FUNCTIONS = {None: lambda x: x, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
-# N, K, block, density. K over 512 crosses the points at which a sum starts anew.
+# N, K, block, density. Rows of blocks with over 64 terms cross the points where a sum starts anew.
 SHAPES = [
     pytest.param(64, 1024, (16, 16), 0.25, id="16x16"),
     pytest.param(33, 1030, (16, 4), 0.3, id="16x4-ragged"),
@@ -24,7 +24,11 @@ SHAPES = [
     pytest.param(130, 520, (128, 128), 0.6, id="128x128-ragged"),
     pytest.param(40, 1100, (16, 1100), 1.0, id="panels"),
     pytest.param(64, 1500, (16, 100), 0.5, id="blocks-across-sums"),
+    pytest.param(50, 1000, (16, 128), 0.5, id="16x128-ragged"),
     pytest.param(9, 600, (1, 1), 0.2, id="1x1"),
+    pytest.param(21, 130, (1, 16), 0.5, id="1x16"),
+    pytest.param(35, 100, (3, 1), 0.5, id="3x1"),
+    pytest.param(40, 200, (17, 3), 0.5, id="17x3"),
     pytest.param(21, 50, (8, 5), 0.5, id="8x5"),
     pytest.param(7, 3, (16, 16), 1.0, id="smaller-than-a-block"),
 ]
@@ -153,7 +157,7 @@ def test_gradients(N, K, block, activation) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("block", [(16, 16), (16, 4), (3, 5)], ids=str)
+@pytest.mark.parametrize("block", [(16, 16), (16, 4), (16, 1), (17, 3), (3, 5), (1, 1)], ids=str)
 def test_gradients_are_as_accurate_as_dense(block, dtype) -> None:
     weight = weight_of(70, 150, block, 0.5, dtype)
     x, grad = torch.randn(2, 110, 150).to(dtype), torch.randn(2, 110, 70).to(dtype)

@@ -76,7 +76,7 @@ void through_cache(const MatrixView& w, int64_t n, const Tiles& tiles, const C* 
     with_rows(tiles.rows(t), [&](auto r) {
       Sums<decltype(r)::value, C> sum;
       sum.clear();
-      const C* at = x + (t * w.columns + k0) * tiles.step;
+      const C* at = tiles.x(x, t, w.columns) + k0 * tiles.step;
       for (int64_t k = 0; k < k1 - k0;) {
         const int64_t stop = k1 - k0 - k < kRun ? k1 - k0 : k + kRun;
         for (; k < stop; ++k) sum.add(at + k * tiles.step, 1, panel + k * kWidth);
@@ -124,9 +124,11 @@ void products(const MatrixView& w, const C* x, int64_t M, int64_t begin, int64_t
   }
 }
 
-int64_t pack_groups(int64_t M) { return Tiles(M).count; }
+int64_t pack_groups(int64_t M) { return Tiles(M).groups(); }
 
-int64_t pack_size(int64_t M, int64_t columns) { return Tiles(M).count * Tiles(M).step * columns; }
+int64_t pack_size(int64_t M, int64_t columns) {
+  return Tiles(M).groups() * Tiles(M).step * columns;
+}
 
 void down(const MatrixView& w, const void* packed, int64_t M, int64_t begin, int64_t end, void* z) {
   with_number(w.number, [&](auto zero) {
@@ -135,7 +137,7 @@ void down(const MatrixView& w, const void* packed, int64_t M, int64_t begin, int
     const auto pack_z = [&](const C* sums, int64_t n) {
       const int64_t width = w.rows - n < kWidth ? w.rows - n : kWidth;
       for (int64_t t = 0; t < tiles.count; ++t) {
-        C* const out = static_cast<C*>(z) + (t * w.rows + n) * tiles.step;
+        C* const out = tiles.x(static_cast<C*>(z), t, w.rows) + n * tiles.step;
         const C* const in = sums + tiles.begin(t) * kWidth;
         for (int i = 0; i < tiles.rows(t); ++i) {
           for (int64_t r = 0; r < width; ++r) out[r * tiles.step + i] = in[i * kWidth + r];
@@ -150,7 +152,7 @@ void up(const MatrixView& w, const void* z, int64_t begin, int64_t end, const Li
   with_number(w.number, [&](auto zero) {
     using C = Compute<decltype(zero)>;
     products<decltype(zero)>(w, static_cast<const C*>(z), y.rows, begin, end,
-                             [&](const C* sums, int64_t n) { finish_panel(sums, n, y); });
+                             [&](const C* sums, int64_t n) { finish_panel(sums, n, kWidth, y); });
   });
 }
 

@@ -49,14 +49,21 @@ PRUNELM_INLINE void with_rows(int rows, Run run) {
   }
 }
 
-// M rows as tiles of nearly equal size, since a small tile is as slow as a large one.
+// M rows as tiles of nearly equal size, since a small tile is as slow as a large one. Tiles are
+// packed [K][8] each, and two that fit into eight lanes share them; one row is packed as it is.
 struct Tiles {
   int64_t M, count, step;  // step: from one k to the next in a packed tile
 
   explicit Tiles(int64_t M)
       : M(M), count((M + kTileRows - 1) / kTileRows), step(M == 1 ? 1 : kPackRows) {}
+  bool shared() const { return M <= kPackRows; }
+  int64_t groups() const { return shared() ? M > 0 : count; }
   int64_t begin(int64_t t) const { return t * M / count; }
   int rows(int64_t t) const { return int(begin(t + 1) - begin(t)); }
+  template <typename C>
+  C* x(C* packed, int64_t t, int64_t K) const {
+    return packed + (shared() ? begin(t) : t * K * step);
+  }
 };
 
 // A sum runs over K in ascending order in registers and is added to the total in memory, and starts
@@ -65,6 +72,7 @@ struct Tiles {
 // keep a panel's weights in the first-level cache while all tiles read them.
 constexpr int64_t kRun = 64;
 constexpr int64_t kChunk = 512;
+constexpr int64_t kChunkRuns = 4;  // 16 KB of a panel's weights, which all tiles read
 
 struct Bf16 {
   uint16_t bits;
@@ -297,23 +305,28 @@ PRUNELM_INLINE void with_number(Number number, Run run) {
       return;
     }
     for (int64_t t = begin; t < end; ++t) {
-      pack_transposed(in + tiles.begin(t) * x.stride, x.stride, tiles.rows(t), x.columns,
+      const int rows = tiles.shared() ? int(tiles.M) : tiles.rows(t);
+      pack_transposed(in + tiles.begin(t) * x.stride, x.stride, rows, x.columns,
                       out + t * x.columns * kPackRows, kPackRows);
     }
   });
 }
 
-// Groups [begin, end) of 16 rows, each [K][16].
-[[maybe_unused]] void pack_sixteens(const MatrixView& x, int64_t begin, int64_t end, void* packed) {
+// Rows side by side: up to 8 as [K][8], more in groups [K][16].
+PRUNELM_INLINE int64_t lane_groups(int64_t M) { return (M + kWidth - 1) / kWidth; }
+
+// Groups [begin, end) of them.
+[[maybe_unused]] void pack_lanes(const MatrixView& x, int64_t begin, int64_t end, void* packed) {
+  const int lanes = x.rows <= kPackRows ? kPackRows : kWidth;
   with_number(x.number, [&](auto zero) {
     using X = decltype(zero);
     for (int64_t t = begin; t < end; ++t) {
-      for (int half = 0; half < kWidth; half += kPackRows) {
+      for (int half = 0; half < lanes; half += kPackRows) {
         int64_t row = t * kWidth + half;
         if (row >= x.rows) row = x.rows - 1;
         const int rows = int(x.rows - row < kPackRows ? x.rows - row : kPackRows);
         pack_transposed(static_cast<const X*>(x.data) + row * x.stride, x.stride, rows, x.columns,
-                        static_cast<Compute<X>*>(packed) + t * kWidth * x.columns + half, kWidth);
+                        static_cast<Compute<X>*>(packed) + t * kWidth * x.columns + half, lanes);
       }
     }
   });
@@ -356,10 +369,10 @@ PRUNELM_INLINE void add_bias(C* values, int64_t n, int64_t count, const LinearRe
   });
 }
 
-// y[:, n:n + 16] from sums [rows][16], as far as y has columns.
+// y[:, n:n + most] from sums [rows][16], as far as y has columns; most is at most 16.
 template <typename C>
-void finish_panel(const C* sums, int64_t n, const LinearResult& y) {
-  const int64_t count = y.columns - n < kWidth ? y.columns - n : kWidth;
+void finish_panel(const C* sums, int64_t n, int64_t most, const LinearResult& y) {
+  const int64_t count = y.columns - n < most ? y.columns - n : most;
   C bias[kWidth] = {};
   add_bias(bias, n, count, y);
   with_number(y.number, [&](auto zero) {
@@ -382,24 +395,13 @@ void finish_panel(const C* sums, int64_t n, const LinearResult& y) {
   });
 }
 
-// y[m:m + 16, n:n + count] from sums [count][16], as far as y has rows.
+// to [rows][16] = from [count][stride] turned over; the lanes past count hold anything.
 template <typename C>
-[[maybe_unused]] void finish_line(const C* sums, int count, int64_t m, int64_t n,
-                                  const LinearResult& y) {
-  const int64_t rows = y.rows - m < kWidth ? y.rows - m : kWidth;
-  C bias[kTileRows] = {};
-  add_bias(bias, n, count, y);
-  with_number(y.number, [&](auto zero) {
-    using Y = decltype(zero);
-    if constexpr (sizeof(Y) <= sizeof(C)) {
-      for (int64_t i = 0; i < rows; ++i) {
-        Y* const out = static_cast<Y*>(y.data) + (m + i) * y.columns + n;
-        for (int c = 0; c < count; ++c) {
-          narrow(activated(sums[c * kWidth + i] + bias[c], y.activation), out + c);
-        }
-      }
-    }
-  });
+[[maybe_unused]] void turn(const C* from, int64_t stride, int count, int64_t rows, C* to) {
+  for (int half = 0; half < count; half += kPackRows) {
+    const int here = count - half < kPackRows ? count - half : kPackRows;
+    pack_transposed(from + half * stride, stride, here, rows, to + half, kWidth);
+  }
 }
 
 }  // namespace
