@@ -1,6 +1,7 @@
 """Commands do their work on a tiny model, and every mistake gets one line and a code."""
 
 import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,27 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _inside(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(room)
     torch.set_num_threads(1)
+
+
+def page_faults(*before: str) -> int:
+    """Faults of making a 48 MB tensor 10 times over, in a process that said `before` first."""
+    code = [
+        *before,
+        "import resource, torch",
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt",
+        "make = lambda: [torch.ones(12_000_000).sum() for _ in range(10)]",
+        "make(); begin = faults(); make(); print(faults() - begin)",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(code)], capture_output=True, text=True)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+def test_commands_that_train_reuse_the_memory_of_large_tensors() -> None:
+    if page_faults() < 1000:
+        pytest.skip("this system's malloc reuses it anyway")
+    kept = "from prunelm.cli.memory import keep_freed_memory"
+    assert page_faults(kept, "keep_freed_memory()") < 1000
 
 
 def failure(capsys: pytest.CaptureFixture[str], *words: str, code: int) -> str:

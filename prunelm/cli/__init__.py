@@ -73,6 +73,10 @@ def run(words: Sequence[str]) -> int:
     module, function = place.split(".")
     from prunelm.cli.arguments import parse
 
+    if name in ("demo", "prune", "study") or name.startswith("train "):
+        from prunelm.cli.memory import keep_freed_memory
+
+        keep_freed_memory()
     command = getattr(importlib.import_module(f"prunelm.cli.{module}"), function)
     if name.startswith("bench "):
         command(name.split()[1], rest)  # the benchmarks have options of their own
