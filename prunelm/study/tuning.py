@@ -1,19 +1,20 @@
 """Chooses the search's settings on validation utterances, never on the test set."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prunelm.metrics.wer import word_error_rate
 from prunelm.models.lm import TransformerLM
 from prunelm.study.grid import Progress
-from prunelm.study.recognition import Encoded, Searching, encode, transcribe
+from prunelm.study.recognition import Searching, encode, transcribe
 from prunelm.study.results import read_json
 from prunelm.study.testbed import TestBed
 
-WEIGHTS = (0.1, 0.2, 0.3, 0.4)
-# A language model makes long outputs unlikely; a reward per token pays that back.
-REWARDS = (0.0, 0.5, 1.0, 1.5)
+# Where the walk to the best LM weight and token reward begins, and its steps. A language model
+# makes long outputs unlikely; a reward per token pays that back.
+START = (0.3, 1.0)
+STEPS = (0.1, 0.5)
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,25 @@ def choose_searches(
         return tried
     progress.doing(f"choosing the LM's weight on {len(bed.valid)} validation utterances")
     batches = encode(bed.recogniser, bed.valid)
-    weights = WEIGHTS if weight is None else (weight,)
-    rewards = REWARDS if reward is None else (reward,)
-    alone, alone_wer = _best(bed, batches, None, tried.alone, (0.0,), rewards)
-    fused, fused_wer = _best(bed, batches, bed.lm, tried.fused, weights, rewards)
+    steps = (0.0 if weight is not None else STEPS[0], 0.0 if reward is not None else STEPS[1])
+    start = (START[0] if weight is None else weight, START[1] if reward is None else reward)
+    texts = {utterance.id: utterance.text for utterance in bed.valid}
+
+    def errors(lm: TransformerLM | None, how: Searching) -> float:
+        assert bed.recogniser is not None
+        heard = transcribe(bed.recogniser, bed.tokenizer, batches, lm, how)
+        return word_error_rate([texts[name] for name in heard], [*heard.values()]).rate
+
+    def alone_at(place: tuple[float, float]) -> Searching:
+        return replace(tried.alone, reward=place[1])
+
+    def fused_at(place: tuple[float, float]) -> Searching:
+        return replace(tried.fused, weight=place[0], reward=place[1])
+
+    best, alone_wer = walk(lambda x: errors(None, alone_at(x)), (0.0, start[1]), (0.0, steps[1]))
+    alone = alone_at(best)
+    best, fused_wer = walk(lambda x: errors(bed.lm, fused_at(x)), start, steps)
+    fused = fused_at(best)
     progress.say(
         f"chosen on {len(bed.valid)} validation utterances: without LM reward {alone.reward:g} "
         f"(WER {100 * alone_wer:.1f} %), LM weight {fused.weight:g} and reward {fused.reward:g} "
@@ -63,21 +79,32 @@ def choose_searches(
     return Searches(alone, fused)
 
 
-def _best(
-    bed: TestBed,
-    batches: Sequence[Encoded],
-    lm: TransformerLM | None,
-    start: Searching,
-    weights: Sequence[float],
-    rewards: Sequence[float],
-) -> tuple[Searching, float]:
-    assert bed.recogniser is not None
-    texts = {utterance.id: utterance.text for utterance in bed.valid}
-    found = []
-    for weight in weights:
-        for reward in rewards:
-            how = replace(start, weight=weight, reward=reward)
-            heard = transcribe(bed.recogniser, bed.tokenizer, batches, lm, how)
-            references = [texts[name] for name in heard]
-            found.append((how, word_error_rate(references, [*heard.values()]).rate))
-    return min(found, key=lambda each: each[1])
+def walk(
+    cost: Callable[[tuple[float, float]], float],
+    start: tuple[float, float],
+    steps: tuple[float, float],
+) -> tuple[tuple[float, float], float]:
+    """Goes from neighbour to neighbour on a grid, to the best of four, while that one is better.
+
+    Args:
+        cost: what is to be low; called once for each place.
+        start: where to begin; no number falls below 0.
+        steps: of the grid; 0 leaves that number as it is.
+
+    Returns:
+        the place where no neighbour is better, and its cost.
+    """
+    known: dict[tuple[float, float], float] = {start: cost(start)}
+    here = start
+    while True:
+        around = {
+            (round(here[0] + a * steps[0], 6), round(here[1] + b * steps[1], 6))
+            for a, b in ((1, 0), (-1, 0), (0, 1), (0, -1))
+        }
+        for place in sorted(around):
+            if min(place) >= 0 and place not in known:
+                known[place] = cost(place)
+        best = min((place for place in {*around, here} if place in known), key=lambda p: known[p])
+        if known[best] >= known[here]:
+            return here, known[here]
+        here = best
