@@ -73,7 +73,7 @@ def test_the_demo_recipes_train_a_recogniser_and_an_lm_of_one_vocabulary(
     model, tokenizer, _ = load_model(out, kind="lm")
     assert isinstance(model, TransformerLM)
     assert model.config.layers == (LayerSizes(1, 8),) and model.config.head_dim == 32
-    for split in ("train", "sentences", "valid"):
+    for split in ("train", "all", "valid"):
         rows = ["id\tpath\ttext"]
         for number, line in enumerate(lines):
             soundfile.write(tmp_path / f"{number}.wav", 0.1 * torch.randn(16000).numpy(), 16000)
@@ -85,7 +85,7 @@ def test_the_demo_recipes_train_a_recogniser_and_an_lm_of_one_vocabulary(
     assert main([*words, "--out", str(first), "--ctc_first", "1"]) == 0
     loaded, same, _ = load_model(first, kind="transducer", tokenizer=tokenizer)
     assert isinstance(loaded, Transducer) and same.fingerprint == tokenizer.fingerprint
-    words[3] = str(demo / "recogniser-sentences.yaml")
+    words[3] = str(demo / "recogniser-voices.yaml")
     still = ["--out", str(second), "--options.lr", "1e-12", "--options.average", "0"]
     assert main([*words, *still, "--init", str(first)]) == 0
     started, _, _ = load_model(second, kind="transducer")

