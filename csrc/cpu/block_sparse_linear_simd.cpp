@@ -65,10 +65,10 @@ struct Block {
   }
 };
 
-// sums[g][i][:] += runs [r0, r1) of R rows times G panels; x [K][step].
+// sums[g][i][:] += runs [r0, r1) of R rows times G panels; x [K][step]. `anew`: = instead of +=.
 template <int R, int G, int BK, int BN, typename W, typename C>
 void tile(const BlockSparseView& w, const Panel<W>* panel, const C* x, int64_t r0, int64_t r1,
-          C* sums, int64_t panel_stride) {
+          bool anew, C* sums, int64_t panel_stride) {
   constexpr int64_t step = R == 1 ? 1 : kPackRows;
   const Block<BK, BN> block(w);
   const Block<0, BN> partial(w);
@@ -115,16 +115,20 @@ void tile(const BlockSparseView& w, const Panel<W>* panel, const C* x, int64_t r
                                    values(g, i) + piece * block.width(), left < rest ? left : rest,
                                    x);
       }
-      sum[g].add_to(sums + g * panel_stride, kWidth);
+      if (anew && r == r0) {
+        sum[g].put(sums + g * panel_stride, kWidth);
+      } else {
+        sum[g].add_to(sums + g * panel_stride, kWidth);
+      }
     }
   }
 }
 
 template <int G, int BK, int BN, typename W, typename C>
 void tile_of(int rows, const BlockSparseView& w, const Panel<W>* panel, const C* x, int64_t r0,
-             int64_t r1, C* sums, int64_t panel_stride) {
+             int64_t r1, bool anew, C* sums, int64_t panel_stride) {
   const auto run = [&](auto r) {
-    tile<decltype(r)::value, G, BK, BN>(w, panel, x, r0, r1, sums, panel_stride);
+    tile<decltype(r)::value, G, BK, BN>(w, panel, x, r0, r1, anew, sums, panel_stride);
   };
   if constexpr (G == 4) return run(Constant<1>{});
   if constexpr (G == 2) return rows == 2 ? run(Constant<2>{}) : run(Constant<3>{});
@@ -134,17 +138,34 @@ void tile_of(int rows, const BlockSparseView& w, const Panel<W>* panel, const C*
 template <int G, int BK, int BN, typename W, typename C = Compute<W>>
 void panels(const BlockSparseView& w, const Panel<W>* panel, const C* packed,
             const LinearResult& y) {
-  alignas(64) C sums[kPassRows * kWidth];
   const Tiles tiles(y.rows);
-  const int64_t panel_stride = y.rows * kWidth;
-  for (int64_t i = 0; i < G * panel_stride; ++i) sums[i] = 0;
   const Runs runs(w.bk);
   int64_t count = 0;
   for (int g = 0; g < G; ++g) count = std::max(count, runs.count(panel[g].count));
+  if (count && count <= kChunkRuns) {  // a tile's sums are finished while they are at hand
+    alignas(64) C sums[G * kTileRows * kWidth];
+    alignas(64) C bias[G][kWidth] = {};
+    for (int g = 0; g < G; ++g) {
+      add_bias(bias[g], panel[g].n, outputs_from(panel[g].n, kWidth, y), y);
+    }
+    for (int64_t t = 0; t < tiles.count; ++t) {
+      const int rows = tiles.rows(t);
+      tile_of<G, BK, BN>(rows, w, panel, tiles.x(packed, t, w.K), 0, count, true, sums,
+                         rows * kWidth);
+      for (int g = 0; g < G; ++g) {
+        finish_rows(sums + g * rows * kWidth, bias[g], panel[g].n,
+                    outputs_from(panel[g].n, kWidth, y), tiles.begin(t), rows, y);
+      }
+    }
+    return;
+  }
+  alignas(64) C sums[kPassRows * kWidth];
+  const int64_t panel_stride = y.rows * kWidth;
+  if (count == 0) std::fill_n(sums, G * panel_stride, C(0));
   for (int64_t r0 = 0; r0 < count; r0 += kChunkRuns) {
     const int64_t r1 = std::min(r0 + kChunkRuns, count);
     for (int64_t t = 0; t < tiles.count; ++t) {
-      tile_of<G, BK, BN>(tiles.rows(t), w, panel, tiles.x(packed, t, w.K), r0, r1,
+      tile_of<G, BK, BN>(tiles.rows(t), w, panel, tiles.x(packed, t, w.K), r0, r1, r0 == 0,
                          sums + tiles.begin(t) * kWidth, panel_stride);
     }
   }

@@ -211,6 +211,17 @@ struct Sums {
     }
   }
 
+  // out[i * row + 0:16] = sums[i][:]
+  PRUNELM_INLINE void put(C* out, int64_t row) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 4
+      for (int p = 0; p < kParts<C>; ++p) {
+        std::memcpy(out + i * row + p * (32 / sizeof(C)), &part[i][p], sizeof(part[i][p]));
+      }
+    }
+  }
+
   // out[i * row + 0:16] += sums[i][:]
   PRUNELM_INLINE void add_to(C* out, int64_t row) const {
 #pragma GCC unroll 8
@@ -369,22 +380,25 @@ PRUNELM_INLINE void add_bias(C* values, int64_t n, int64_t count, const LinearRe
   });
 }
 
-// y[:, n:n + most] from sums [rows][16], as far as y has columns; most is at most 16.
+// How many of the outputs n to n + most y has.
+PRUNELM_INLINE int64_t outputs_from(int64_t n, int64_t most, const LinearResult& y) {
+  return y.columns - n < most ? y.columns - n : most;
+}
+
+// y[first:first + rows, n:n + count] = activation(sums [rows][16] + bias [16]).
 template <typename C>
-void finish_panel(const C* sums, int64_t n, int64_t most, const LinearResult& y) {
-  const int64_t count = y.columns - n < most ? y.columns - n : most;
-  C bias[kWidth] = {};
-  add_bias(bias, n, count, y);
+PRUNELM_INLINE void finish_rows(const C* sums, const C* bias, int64_t n, int64_t count,
+                                int64_t first, int64_t rows, const LinearResult& y) {
   with_number(y.number, [&](auto zero) {
     using Y = decltype(zero);
     if constexpr (sizeof(Y) <= sizeof(C)) {
-      for (int64_t m = 0; m < y.rows; ++m) {
+      for (int64_t m = 0; m < rows; ++m) {
         C row[kWidth];
         for (int i = 0; i < kWidth; ++i) row[i] = sums[m * kWidth + i] + bias[i];
         if (y.activation != Activation::none) {
           for (int64_t i = 0; i < count; ++i) row[i] = activated(row[i], y.activation);
         }
-        Y* const out = static_cast<Y*>(y.data) + m * y.columns + n;
+        Y* const out = static_cast<Y*>(y.data) + (first + m) * y.columns + n;
         if (count == kWidth) {
           for (int i = 0; i < kWidth; ++i) narrow(row[i], out + i);
         } else {
@@ -393,6 +407,15 @@ void finish_panel(const C* sums, int64_t n, int64_t most, const LinearResult& y)
       }
     }
   });
+}
+
+// y[:, n:n + most] from sums [rows][16], as far as y has columns; most is at most 16.
+template <typename C>
+void finish_panel(const C* sums, int64_t n, int64_t most, const LinearResult& y) {
+  const int64_t count = outputs_from(n, most, y);
+  C bias[kWidth] = {};
+  add_bias(bias, n, count, y);
+  finish_rows(sums, bias, n, count, 0, y.rows, y);
 }
 
 // to [rows][16] = from [count][stride] turned over; the lanes past count hold anything.
