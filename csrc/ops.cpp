@@ -11,6 +11,10 @@ STABLE_TORCH_LIBRARY(prunelm, m) {
   m.def(
       "block_sparse_linear(Tensor x, Tensor values, Tensor crow, Tensor col, Tensor? bias, "
       "int out_features, int activation) -> Tensor");
+  // The same call without the work: what is left to blame on torch, for benchmarks.
+  m.def(
+      "block_sparse_linear_empty(Tensor x, Tensor values, Tensor crow, Tensor col, Tensor? bias, "
+      "int out_features, int activation) -> Tensor");
   m.def(
       "block_sparse_linear_grad_x(Tensor grad, Tensor values, Tensor crow, Tensor col, "
       "int in_features) -> Tensor");
@@ -37,10 +41,14 @@ STABLE_TORCH_LIBRARY(prunelm, m) {
 
 namespace prunelm {
 void bind_prefix_tree(py::module_& m);
-}
+void bind_block_sparse_linear(py::module_& m);
+void bind_low_rank_linear(py::module_& m);
+}  // namespace prunelm
 
 PYBIND11_MODULE(_C, m) {
   prunelm::bind_prefix_tree(m);
+  prunelm::bind_block_sparse_linear(m);
+  prunelm::bind_low_rank_linear(m);
   m.def("build_information", [] {
     py::dict info;
     info["compiler"] = __VERSION__;

@@ -6,6 +6,17 @@ _Floats = NDArray[np.float64]
 _Rows = tuple[_Ints, _Ints, _Ints, _Ints]
 
 def build_information() -> dict[str, object]: ...
+def block_sparse_linear(
+    x: int, x_number: int, rows: int, values: int, crow: int, col: int,
+    number: int, nnz: int, N: int, K: int, bn: int, bk: int,
+    bias: int, bias_number: int, activation: int, y: int, /,
+) -> None: ...  # fmt: skip
+def low_rank_linear(
+    x: int, x_number: int, rows: int, down_values: int, down_crow: int, down_col: int,
+    number: int, down_nnz: int, R: int, K: int, down_bn: int, down_bk: int,
+    up_values: int, up_crow: int, up_col: int, up_nnz: int, N: int, up_bn: int, up_bk: int,
+    bias: int, bias_number: int, activation: int, y: int, /,
+) -> None: ...  # fmt: skip
 
 class PrefixTree:
     def __init__(

@@ -112,8 +112,8 @@ class BlockSparseLinear(nn.Module):
         """A view on the module's tensors."""
         # Past nn.Module's own look-up, which takes as long as the smallest products.
         values, own = cast(Tensor, self._parameters["values"]), self._buffers
-        shape = (self.out_features, self.in_features)
-        return BlockSparse(values, cast(Tensor, own["crow"]), cast(Tensor, own["col"]), shape)
+        tensors = (values, cast(Tensor, own["crow"]), cast(Tensor, own["col"]))
+        return _view(self, "weight", tensors, (self.out_features, self.in_features))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
@@ -170,16 +170,16 @@ class PackedLowRankLinear(nn.Module):
     @property
     def down(self) -> BlockSparse:
         """[R, K]."""
-        shape = (self.rank, self.in_features)
         own = cast(dict[str, Tensor], self._buffers)
-        return BlockSparse(own["down_values"], own["down_crow"], own["down_col"], shape)
+        tensors = (own["down_values"], own["down_crow"], own["down_col"])
+        return _view(self, "down", tensors, (self.rank, self.in_features))
 
     @property
     def up(self) -> BlockSparse:
         """[N, R]."""
-        shape = (self.out_features, self.rank)
         own = cast(dict[str, Tensor], self._buffers)
-        return BlockSparse(own["up_values"], own["up_crow"], own["up_col"], shape)
+        tensors = (own["up_values"], own["up_crow"], own["up_col"])
+        return _view(self, "up", tensors, (self.out_features, self.rank))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
@@ -191,6 +191,25 @@ class PackedLowRankLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"rank={self.rank}, bias={self.bias is not None}"
         )
+
+
+def _view(
+    module: nn.Module, name: str, tensors: tuple[Tensor, Tensor, Tensor], shape: tuple[int, int]
+) -> BlockSparse:
+    """The tensors as a weight: the one of the last call, while the module holds the same tensors.
+
+    What the ops have read off a weight once stays with it.
+    """
+    if torch.compiler.is_compiling():
+        return BlockSparse(*tensors, shape)
+    kept: BlockSparse | None = module.__dict__.get(f"_{name}_view")
+    if kept is not None:
+        values, crow, col = tensors
+        if kept.values is values and kept.crow is crow and kept.col is col:
+            return kept
+    made = BlockSparse(*tensors, shape)
+    module.__dict__[f"_{name}_view"] = made
+    return made
 
 
 # Blocks that `accelerate` looks for. The kernels read 16 outputs at a time, so that lower blocks

@@ -1,16 +1,27 @@
 // Block-sparse linear on the CPU; contract in prunelm/ops/block_sparse_linear.py.
 #include "cpu/block_sparse_linear.h"
 
+#include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 
 #include <vector>
 
 #include "cpu/block_sparse_view.h"
+#include "cpu/direct.h"
 #include "cpu/linear.h"
 #include "cpu/scratch.h"
 
 namespace prunelm {
 namespace {
+
+void forward(const BlockSparseView& weight, const MatrixView& x, const LinearResult& y) {
+  static thread_local Scratch scratch;
+  const int64_t pass = pass_rows(x.rows, weight.K, kPassRows);
+  for (int64_t m = 0; m < x.rows; m += pass) {
+    const int64_t count = std::min(pass, x.rows - m);
+    block_sparse_pass(weight, rows_of(x, m, count), rows_of(y, m, count), scratch);
+  }
+}
 
 Tensor block_sparse_linear_cpu(const Tensor& x_given, const Tensor& values, const Tensor& crow,
                                const Tensor& col, const std::optional<Tensor>& bias,
@@ -26,15 +37,25 @@ Tensor block_sparse_linear_cpu(const Tensor& x_given, const Tensor& values, cons
   MatrixView rows = matrix_view("x", x, s.K);
   rows.rows = M;
   check_weight_dtype("values", weight.number, "x", rows.number, values);
-  const LinearResult result = linear_result(y, M, s.N, bias, activation);
-
-  static thread_local Scratch scratch;
-  const int64_t pass = pass_rows(M, s.K, kPassRows);
-  for (int64_t m = 0; m < M; m += pass) {
-    const int64_t count = std::min(pass, M - m);
-    block_sparse_pass(weight, rows_of(rows, m, count), rows_of(result, m, count), scratch);
-  }
+  forward(weight, rows, linear_result(y, M, s.N, bias, activation));
   return y;
+}
+
+Tensor block_sparse_linear_empty_cpu(const Tensor& x, const Tensor&, const Tensor&, const Tensor&,
+                                     const std::optional<Tensor>&, int64_t out_features, int64_t) {
+  return torch::stable::new_empty(x, result_shape(x, out_features));
+}
+
+void block_sparse_linear_direct(Address x, int x_number, int64_t M, Address values, Address crow,
+                                Address col, int number, int64_t nnz, int64_t N, int64_t K,
+                                int64_t bn, int64_t bk, Address bias, int bias_number,
+                                int64_t activation, Address y) {
+  const BlockSparseView weight = direct_view(values, crow, col, number, N, K, bn, bk);
+  check_pattern(weight, nnz);
+  const OthersRun others(double(nnz) * double(bn * bk * M));
+  forward(weight, {pointer(x), Number(x_number), M, K, K},
+          {pointer(y), Number(x_number), M, N, pointer(bias), Number(bias_number),
+           Activation(activation)});
 }
 
 // The pattern by columns, by counting: O(nnz), little beside the product that it is for.
@@ -146,10 +167,16 @@ Tensor block_sparse_linear_grad_values_cpu(const Tensor& grad_given, const Tenso
 }
 
 }  // namespace
+
+void bind_block_sparse_linear(pybind11::module_& m) {
+  m.def("block_sparse_linear", &block_sparse_linear_direct);
+}
+
 }  // namespace prunelm
 
 STABLE_TORCH_LIBRARY_IMPL(prunelm, CPU, m) {
   m.impl("block_sparse_linear", TORCH_BOX(&prunelm::block_sparse_linear_cpu));
+  m.impl("block_sparse_linear_empty", TORCH_BOX(&prunelm::block_sparse_linear_empty_cpu));
   m.impl("block_sparse_linear_grad_x", TORCH_BOX(&prunelm::block_sparse_linear_grad_x_cpu));
   m.impl("block_sparse_linear_grad_values",
          TORCH_BOX(&prunelm::block_sparse_linear_grad_values_cpu));

@@ -19,10 +19,9 @@ inline const BlockSparseLoops& block_sparse_loops() {
 }
 
 // Contents of crow and col; without these checks a damaged file would make the loops read anywhere.
-inline void check_pattern(const Tensor& crow, const Tensor& col, int64_t block_columns) {
-  const auto* start = static_cast<const int32_t*>(crow.data_ptr());
-  const auto* column = static_cast<const int32_t*>(col.data_ptr());
-  const int64_t rows = crow.size(0) - 1, nnz = col.size(0);
+inline void check_pattern(const BlockSparseView& weight, int64_t nnz) {
+  const int32_t *const start = weight.crow, *const column = weight.col;
+  const int64_t rows = weight.block_rows(), block_columns = weight.block_columns();
   bool good = start[0] == 0 && start[rows] == nnz;
   for (int64_t r = 0; r < rows; ++r) good &= start[r] <= start[r + 1];
   if (!good) refuse("crow", "0 to nnz, never falling", "something else");
@@ -55,15 +54,16 @@ inline Tensor bn_fastest(const Tensor& values) {
 
 inline BlockSparseView block_sparse_view(const Tensor& blocks, const BlockSparseShape& s,
                                          const Tensor& crow, const Tensor& col) {
-  check_pattern(crow, col, (s.K + s.bk - 1) / s.bk);
-  return {blocks.data_ptr(),
-          number_of("values", blocks),
-          static_cast<const int32_t*>(crow.data_ptr()),
-          static_cast<const int32_t*>(col.data_ptr()),
-          s.N,
-          s.K,
-          s.bn,
-          s.bk};
+  const BlockSparseView weight{blocks.data_ptr(),
+                               number_of("values", blocks),
+                               static_cast<const int32_t*>(crow.data_ptr()),
+                               static_cast<const int32_t*>(col.data_ptr()),
+                               s.N,
+                               s.K,
+                               s.bn,
+                               s.bk};
+  check_pattern(weight, col.size(0));
+  return weight;
 }
 
 // run(begin, end) on lines of blocks, threads getting equal shares of the stored blocks. A line's

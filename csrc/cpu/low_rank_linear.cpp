@@ -1,10 +1,12 @@
 // Low-rank linear on the CPU; contract in prunelm/ops/low_rank_linear.py.
 #include "cpu/low_rank_linear.h"
 
+#include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/block_sparse_linear.h"
 #include "cpu/block_sparse_view.h"
+#include "cpu/direct.h"
 #include "cpu/instruction_set.h"
 #include "cpu/linear.h"
 #include "cpu/scratch.h"
@@ -62,6 +64,22 @@ Tensor low_rank_linear_cpu(const Tensor& x_given, const Tensor& down_given, cons
   return y;
 }
 
+void forward(const BlockSparseView& down, const BlockSparseView& up, const MatrixView& x,
+             const LinearResult& y) {
+  static thread_local Scratch x_scratch, z_scratch;
+  const size_t bytes = compute_bytes(down.number);
+  const Number number = bytes == 8 ? Number::f64 : Number::f32;
+  const int64_t rank = down.N, pass = pass_rows(x.rows, down.K, kLowRankRows);
+  for (int64_t m = 0; m < x.rows; m += pass) {
+    const int64_t count = std::min(pass, x.rows - m);
+    void* const z = z_scratch.reserve(count * rank * bytes);
+    const LinearResult middle{z, number, count, rank, nullptr, number, Activation::none};
+    block_sparse_pass(down, rows_of(x, m, count), middle, x_scratch);
+    const MatrixView z_rows{z, number, count, rank, rank};
+    block_sparse_pass(up, z_rows, rows_of(y, m, count), x_scratch);
+  }
+}
+
 // The same with factors that were laid out before the call: in blocks, in practice all of them.
 Tensor low_rank_linear_blocks_cpu(const Tensor& x_given, const Tensor& down_values,
                                   const Tensor& down_crow, const Tensor& down_col,
@@ -83,24 +101,34 @@ Tensor low_rank_linear_blocks_cpu(const Tensor& x_given, const Tensor& down_valu
   MatrixView rows = matrix_view("x", x, thin.K);
   rows.rows = M;
   check_weight_dtype("down_values", down.number, "x", rows.number, down_values);
-  const LinearResult result = linear_result(y, M, wide.N, bias, activation);
-
-  static thread_local Scratch x_scratch, z_scratch;
-  const size_t bytes = compute_bytes(down.number);
-  const Number number = bytes == 8 ? Number::f64 : Number::f32;
-  const int64_t pass = pass_rows(M, thin.K, kLowRankRows);
-  for (int64_t m = 0; m < M; m += pass) {
-    const int64_t count = std::min(pass, M - m);
-    void* const z = z_scratch.reserve(count * rank * bytes);
-    const LinearResult middle{z, number, count, rank, nullptr, number, Activation::none};
-    block_sparse_pass(down, rows_of(rows, m, count), middle, x_scratch);
-    const MatrixView z_rows{z, number, count, rank, rank};
-    block_sparse_pass(up, z_rows, rows_of(result, m, count), x_scratch);
-  }
+  forward(down, up, rows, linear_result(y, M, wide.N, bias, activation));
   return y;
 }
 
+void low_rank_linear_direct(Address x, int x_number, int64_t M, Address down_values,
+                            Address down_crow, Address down_col, int number, int64_t down_nnz,
+                            int64_t R, int64_t K, int64_t down_bn, int64_t down_bk,
+                            Address up_values, Address up_crow, Address up_col, int64_t up_nnz,
+                            int64_t N, int64_t up_bn, int64_t up_bk, Address bias, int bias_number,
+                            int64_t activation, Address y) {
+  const BlockSparseView down =
+      direct_view(down_values, down_crow, down_col, number, R, K, down_bn, down_bk);
+  const BlockSparseView up = direct_view(up_values, up_crow, up_col, number, N, R, up_bn, up_bk);
+  check_pattern(down, down_nnz);
+  check_pattern(up, up_nnz);
+  const double stored = double(down_nnz * down_bn * down_bk) + double(up_nnz * up_bn * up_bk);
+  const OthersRun others(stored * double(M));
+  forward(down, up, {pointer(x), Number(x_number), M, K, K},
+          {pointer(y), Number(x_number), M, N, pointer(bias), Number(bias_number),
+           Activation(activation)});
+}
+
 }  // namespace
+
+void bind_low_rank_linear(pybind11::module_& m) {
+  m.def("low_rank_linear", &low_rank_linear_direct);
+}
+
 }  // namespace prunelm
 
 STABLE_TORCH_LIBRARY_IMPL(prunelm, CPU, m) {

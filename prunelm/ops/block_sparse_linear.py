@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunelm.ops import _library  # noqa: F401  (loads the extension)
+from prunelm.ops import (
+    _library,  # noqa: F401  (loads the extension)
+    direct,
+)
 from prunelm.ops.activation import (
     ACTIVATIONS,
     activate,
@@ -53,6 +56,10 @@ def block_sparse_linear(
         RuntimeError: a tensor is not as above; it says which one and what was expected.
     """
     code = activation_code(activation)
+    if backend is None:
+        at_once = direct.block_sparse_linear(x, weight, bias, code)
+        if at_once is not None:
+            return at_once
     K = weight.shape[1]
     if x.dim() < 1 or x.shape[-1] != K:
         raise ValueError(f"x: expected [..., {K}], got {list(x.shape)}")

@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunelm.ops import _library  # noqa: F401  (loads the extension)
+from prunelm.ops import (
+    _library,  # noqa: F401  (loads the extension)
+    direct,
+)
 from prunelm.ops.activation import (
     ACTIVATIONS,
     activate,
@@ -60,6 +63,10 @@ def low_rank_linear(
     if isinstance(down, BlockSparse) or isinstance(up, BlockSparse):
         if not (isinstance(down, BlockSparse) and isinstance(up, BlockSparse)):
             raise ValueError("down, up: expected both in blocks or none, got one")
+        if backend is None:
+            at_once = direct.low_rank_linear(x, down, up, bias, code)
+            if at_once is not None:
+                return at_once
         return _through_blocks(x, down, up, bias, code, backend)
     thin, wide, device = down, up, x.device.type
     if torch.is_autocast_enabled(device):

@@ -1,0 +1,189 @@
+"""In inference mode the ops go past the dispatcher: same numbers, and only where none can tell."""
+
+import copy
+import pickle
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prunelm import BlockSparse, ops
+from prunelm.nn import BlockSparseLinear, LowRankLinear, PackedLowRankLinear
+from prunelm.ops import direct
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+OP = torch.ops.prunelm.block_sparse_linear.default
+
+
+def weight_of(N: int, K: int, block: tuple[int, int], dtype: torch.dtype) -> BlockSparse:
+    mask = torch.rand(-(-N // block[0]), -(-K // block[1])) < 0.4
+    return BlockSparse.from_dense(torch.randn(N, K).to(dtype), block, mask)
+
+
+def through_dispatcher(x: Tensor, w: BlockSparse, bias: Tensor | None, code: int) -> Tensor:
+    y: Tensor = OP(x, w.values, w.crow, w.col, bias, w.shape[0], code)
+    return y
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block", [(16, 4), (1, 1), (17, 3)], ids=str)
+def test_the_same_numbers(block: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = weight_of(50, 70, block, dtype)
+    for shape in ((70,), (1, 70), (3, 33, 70)):
+        for bias in (None, torch.randn(50).to(dtype)):
+            for code, name in enumerate((None, "relu", "gelu", "silu")):
+                x = torch.randn(shape).to(dtype)
+                with torch.inference_mode():
+                    got = direct.block_sparse_linear(x, weight, bias, code)
+                    assert got is not None and got.is_inference()
+                    assert torch.equal(got, through_dispatcher(x, weight, bias, code))
+                    assert torch.equal(got, ops.block_sparse_linear(x, weight, bias, name))
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bias", [torch.float32, "stored"], ids=str)
+def test_the_same_numbers_from_16_bit_weights(stored: torch.dtype, bias: object) -> None:
+    weight, x = weight_of(40, 60, (16, 4), stored), torch.randn(5, 60)
+    added = torch.randn(40).to(stored if bias == "stored" else torch.float32)
+    with torch.inference_mode():
+        got = direct.block_sparse_linear(x, weight, added, 2)
+        assert got is not None and torch.equal(got, through_dispatcher(x, weight, added, 2))
+
+
+def test_the_same_numbers_from_factors_in_blocks() -> None:
+    for dtype in DTYPES:
+        low = LowRankLinear(70, 50, 12, activation="gelu", dtype=dtype)
+        packed, x = PackedLowRankLinear(low), torch.randn(9, 70).to(dtype)
+        want = packed(x)
+        with torch.inference_mode():
+            got = direct.low_rank_linear(x, packed.down, packed.up, packed.bias, 2)
+            assert got is not None and torch.equal(got, want) and torch.equal(packed(x), want)
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        nullcontext,
+        torch.no_grad,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        Watching,
+        lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]),
+    ],
+    ids=["grad", "no_grad", "autocast", "dispatch_mode", "profiler"],
+)
+def test_whoever_listens_gets_the_op(context) -> None:
+    weight, x = weight_of(40, 60, (16, 4), torch.float32), torch.randn(5, 60)
+    inference = nullcontext() if context in (nullcontext, torch.no_grad) else torch.inference_mode()
+    with inference, context():
+        assert direct.block_sparse_linear(x, weight, None, 0) is None
+        got = ops.block_sparse_linear(x, weight)
+    want = through_dispatcher(x, weight, None, 0)
+    torch.testing.assert_close(got.float(), want, rtol=2e-2, atol=2e-1)
+
+
+def test_transforms_and_tracing_get_the_op() -> None:
+    weight, x = weight_of(40, 60, (16, 4), torch.float32), torch.randn(5, 60)
+    seen: list[bool] = []
+
+    def run(rows: Tensor) -> Tensor:
+        seen.append(direct.block_sparse_linear(rows, weight, None, 0) is None)
+        return through_dispatcher(rows, weight, None, 0)
+
+    with torch.inference_mode():
+        torch.func.functionalize(run)(x)
+        torch.jit.trace(run, x, check_trace=False)
+    assert len(seen) == 2 and all(seen)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: BlockSparse(w.values.contiguous(), w.crow, w.col, w.shape),
+        lambda w: BlockSparse(w.values, w.crow.repeat_interleave(2)[::2], w.col, w.shape),
+    ],
+    ids=["values", "crow"],
+)
+def test_other_layouts_go_through_the_op_and_are_right(change) -> None:
+    weight, x = weight_of(40, 60, (16, 4), torch.float32), torch.randn(5, 60)
+    other = change(weight)
+    with torch.inference_mode():
+        assert direct.block_sparse_linear(x, other, None, 0) is None
+        strided = torch.randn(60, 5).T
+        assert direct.block_sparse_linear(strided, weight, None, 0) is None
+        assert torch.equal(
+            ops.block_sparse_linear(strided, weight),
+            ops.block_sparse_linear(strided.contiguous(), weight),
+        )
+    if other.values is not weight.values:
+        with torch.inference_mode():
+            assert torch.equal(
+                ops.block_sparse_linear(x, other), ops.block_sparse_linear(x, weight)
+            )
+
+
+@pytest.mark.parametrize(
+    ("x", "bias", "message"),
+    [
+        (torch.randn(5, 61), None, r"x: expected \[\.\.\., 60\], got \[5, 61\]"),
+        (torch.randn(5, 60).double(), None, "values: expected the dtype of x"),
+        (torch.randn(5, 60), torch.randn(41), "bias: expected size 40 in dimension 0"),
+        (torch.randn(5, 60), torch.randn(40).half(), "bias: expected x's Float"),
+    ],
+    ids=["columns", "dtype", "bias", "bias-dtype"],
+)
+def test_bad_input_is_refused_as_by_the_op(x: Tensor, bias: Tensor | None, message: str) -> None:
+    weight = weight_of(40, 60, (16, 4), torch.float32)
+    with torch.inference_mode(), pytest.raises((ValueError, RuntimeError), match=message):
+        ops.block_sparse_linear(x, weight, bias)
+
+
+def test_a_damaged_pattern_is_refused() -> None:
+    weight, x = weight_of(40, 60, (16, 4), torch.float32), torch.randn(5, 60)
+    with torch.inference_mode():
+        ops.block_sparse_linear(x, weight)
+        weight.col[0] = 1000
+        with pytest.raises(RuntimeError, match="col: expected columns in"):
+            ops.block_sparse_linear(x, weight)
+
+
+def test_tensors_exchanged_under_a_module_are_seen() -> None:
+    module = BlockSparseLinear(weight_of(48, 64, (16, 4), torch.float32))
+    x = torch.randn(3, 64)
+    with torch.inference_mode():
+        module(x)
+    other = BlockSparseLinear(weight_of(48, 64, (16, 4), torch.float32))
+    module.load_state_dict(other.state_dict())  # another number of blocks in the same parameter
+    with torch.inference_mode():
+        assert torch.equal(module(x), other(x))
+        module.values.mul_(2)
+        assert torch.equal(module(x), other(2 * x))
+        module.values.data = module.values.data.contiguous()  # a layout that is copied
+        assert torch.equal(module(x), other(2 * x))
+    module.to(torch.float64)
+    with torch.inference_mode():
+        torch.testing.assert_close(module(x.double()).float(), other(2 * x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="values"), torch.inference_mode():
+        module(x)
+
+
+def test_modules_that_have_run_are_copied_and_pickled() -> None:
+    for module in (
+        BlockSparseLinear(weight_of(48, 64, (16, 4), torch.float32)),
+        PackedLowRankLinear(LowRankLinear(64, 48, 8)),
+    ):
+        x = torch.randn(3, 64)
+        with torch.inference_mode():
+            want = module(x)
+            for made in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+                assert isinstance(made, nn.Module) and torch.equal(made(x), want)
+                for tensor in (*made.parameters(), *made.buffers()):
+                    if tensor.is_floating_point():
+                        tensor.mul_(0)
+                assert torch.equal(module(x), want) and not torch.equal(made(x), want)
