@@ -1,5 +1,6 @@
 # make test   sets up .venv, builds, checks style and types, runs the tests
 # make demo   sets up .venv, builds, runs the demo and writes runs/demo/report.html
+# make sanitize  the C++ under AddressSanitizer and UndefinedBehaviorSanitizer, on the tests' shapes
 # PYTHON=...  which Python makes the environment (3.11 or later)
 # TORCH=...   what pip installs as torch, for example a CPU or CUDA build of your choice
 
@@ -9,7 +10,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp')
 
-.PHONY: build demo test lint clean
+SANITIZED = beam_step block_sparse_linear direct low_rank_linear prefix_tree rnnt_loss tree_attention
+
+.PHONY: build demo test lint sanitize clean
 
 # torch comes first and alone: the extension is compiled against it, and no later requirement may
 # replace it.
@@ -35,6 +38,13 @@ lint: build
 
 test: lint
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -q -m "not slow"
+
+# Python itself leaks at its end, and torch's own code is not looked at.
+sanitize: build
+	PRUNELM_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize/lib
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive PYTHONPATH=build/sanitize/lib \
+	$(BIN)/pytest -q -m "not slow" $(SANITIZED:%=tests/test_%.py)
 
 clean:
 	rm -rf $(VENV) build dist prunelm/_C*.so

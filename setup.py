@@ -2,7 +2,8 @@
 
 C++ is always built. CUDA is built where nvcc is found: what can be compiled decides, never what is
 plugged in. `PRUNELM_CUDA=0` leaves it out, `PRUNELM_CUDA=1` makes a missing nvcc an error.
-`TORCH_CUDA_ARCH_LIST` and `MAX_JOBS` mean what they mean to torch.
+`PRUNELM_SANITIZE=1` builds the C++ for AddressSanitizer and UndefinedBehaviorSanitizer instead
+(`make sanitize`). `TORCH_CUDA_ARCH_LIST` and `MAX_JOBS` mean what they mean to torch.
 """
 
 import fcntl
@@ -30,9 +31,13 @@ TORCH_FLOOR = "0x020b000000000000ULL"
 DEFAULT_ARCHITECTURES = "8.0;9.0a;9.0+PTX"
 
 
+SANITIZE = os.environ.get("PRUNELM_SANITIZE") == "1"
+SANITIZERS = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+
+
 def find_nvcc() -> str | None:
     """Path of nvcc if CUDA is to be built, None if not."""
-    wanted = os.environ.get("PRUNELM_CUDA", "auto")
+    wanted = "0" if SANITIZE else os.environ.get("PRUNELM_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         sys.exit(f"PRUNELM_CUDA: expected auto, 0 or 1, got {wanted!r}")
     if wanted == "0":
@@ -87,7 +92,8 @@ class NinjaBuild(build_ext):
             f"-DPRUNELM_WITH_CUDA={int(nvcc is not None)}",
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         ]
-        cxx = [*common, "-O3 -std=c++20 -fPIC -Wall -Wextra -fvisibility=hidden"]
+        speed = SANITIZERS if SANITIZE else "-O3"
+        cxx = [*common, f"{speed} -std=c++20 -fPIC -Wall -Wextra -fvisibility=hidden"]
 
         rules = [
             "rule cxx\n  command = $cxx -MD -MF $out.d $flags -c $in -o $out\n"
@@ -124,6 +130,8 @@ class NinjaBuild(build_ext):
         link.append("-Xlinker --no-as-needed -ltorch")
         if nvcc:
             link.append("-cudart static")
+        if SANITIZE:
+            link.append(SANITIZERS)
         edges.append(f"build {target}: link {' '.join(objects)}\n  flags = {' '.join(link)}")
 
         compiler = os.environ.get("CXX", "c++")
