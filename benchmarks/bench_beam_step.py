@@ -1,27 +1,19 @@
 """beam_step against the same step in torch's own ops, eager and compiled, on this machine.
 
-python -m prunelm.benchmarks.bench_beam_step
+python -m prunelm.benchmarks.bench_beam_step [--full] [--threads 2] [--save]
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prunelm.metrics.speed import interleaved
+from prunelm.benchmarks.harness import measure_roof, report, side_by_side
 from prunelm.ops.beam_step import beam_step
-from prunelm.study.machine import describe, one_line
 
-SHAPES = (
-    (1, 4, 30),
-    (16, 4, 30),
-    (1, 4, 500),
-    (16, 4, 500),
-    (32, 8, 500),
-    (16, 4, 5000),
-)  # B, W, V
+BATCHES, BEAMS, VOCABULARIES = (1, 8, 32), (4, 8, 16), (500, 2000, 5000)
 
 
 def in_torch(score: Tensor, am_logits: Tensor, rows: Tensor, row: Tensor, weight: Tensor) -> Tensor:
@@ -34,13 +26,20 @@ def in_torch(score: Tensor, am_logits: Tensor, rows: Tensor, row: Tensor, weight
     return torch.stack([best, index // V, index % V])
 
 
-def measure(B: int, W: int, V: int, threads: int, compiled: bool) -> dict[str, float]:
-    """Microseconds of each way to take one step; all checked against each other first."""
+def normalising(
+    score: Tensor, am_logits: Tensor, rows: Tensor, row: Tensor, weight: Tensor
+) -> Tensor:
+    """The same from the language model's logits, as `in_torch` from its log-probabilities."""
+    return in_torch(score, am_logits, rows.log_softmax(-1), row, weight)
+
+
+def measure(B: int, W: int, V: int, threads: int, compiled: bool) -> dict[str, Any]:
+    """One line of the table: each way to take one step, all checked against each other first."""
     g = torch.Generator().manual_seed(0)
     score = torch.randn(B, W, generator=g)
     am_logits = 3 * torch.randn(B, W, V, generator=g)
-    rows = torch.randn(2 * B * W, V, generator=g).log_softmax(-1)
-    row = torch.randint(0, len(rows), (B, W), generator=g)
+    logits = torch.randn(B * W, V, generator=g)
+    rows, row = logits.log_softmax(-1), torch.randperm(B * W, generator=g).view(B, W)
     weight = torch.full((B,), 0.3)
     term = ((rows, row, weight),)
     calls: dict[str, Callable[[], object]] = {
@@ -48,7 +47,11 @@ def measure(B: int, W: int, V: int, threads: int, compiled: bool) -> dict[str, f
         "early": lambda: beam_step(score, am_logits, term, prune="early"),
         "after": lambda: beam_step(score, am_logits, term, prune="after"),
         "no_term": lambda: beam_step(score, am_logits, prune="after"),
+        "late_from_logits": lambda: beam_step(
+            score, am_logits, ((logits.log_softmax(-1), row, weight),)
+        ),
         "torch": lambda: in_torch(score, am_logits, rows, row, weight),
+        "torch_from_logits": lambda: normalising(score, am_logits, logits, row, weight),
     }
     ours, theirs = beam_step(score, am_logits, term), in_torch(score, am_logits, rows, row, weight)
     if not (ours.parent == theirs[1]).all() or not (ours.token == theirs[2]).all():
@@ -57,25 +60,29 @@ def measure(B: int, W: int, V: int, threads: int, compiled: bool) -> dict[str, f
         step = torch.compile(in_torch, dynamic=False)
         calls["torch_compiled"] = lambda: step(score, am_logits, rows, row, weight)
     with torch.inference_mode():
-        times = interleaved(calls, threads=threads, runs=100)
-    return {name: 1e3 * time.median_ms for name, time in times.items()}
+        us = side_by_side(calls, threads)
+    shares = {
+        "speedup": us["torch"] / us["late"],
+        "speedup_from_logits": us["torch_from_logits"] / us["late_from_logits"],
+    }
+    return {"B": B, "W": W, "V": V, **us, **shares}
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Prints a machine line, a table in microseconds and one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--compiled", action="store_true", help="also torch.compile's version")
+    parser.add_argument("--full", action="store_true", help="also torch.compile's version")
+    parser.add_argument("--save", action="store_true", help="merge into benchmarks/results")
     options = parser.parse_args(words)
-    print(one_line(describe()), f"median of 100 in microseconds, {options.threads} threads")
-    results = []
-    for B, W, V in SHAPES:
-        times = measure(B, W, V, options.threads, options.compiled)
-        if not results:
-            print("    B  W     V", *(f"{name:>14}" for name in times))
-        print(f"{B:5} {W:2} {V:5}", *(f"{us:14.1f}" for us in times.values()), flush=True)
-        results.append({"B": B, "W": W, "V": V, **times})
-    print(json.dumps({"bench": "beam_step", "threads": options.threads, "us": results}))
+    rows = [
+        measure(B, W, V, options.threads, options.full)
+        for B in BATCHES
+        for W in (BEAMS if options.full else BEAMS[:1])
+        for V in VOCABULARIES
+    ]
+    roof = measure_roof(options.threads)
+    report("beam_step", options.threads, roof, rows, options.save)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""block_sparse_linear against torch's dense linear and its block-sparse one, on this machine.
+"""block_sparse_linear against torch's dense linear and the sparse products of others.
 
-python -m prunelm.benchmarks.bench_block_sparse_linear [--threads 2] [--save]
+python -m prunelm.benchmarks.bench_block_sparse_linear [--full] [--threads 2] [--save]
 """
 
 import argparse
@@ -15,29 +15,32 @@ from torch import Tensor
 from prunelm import BlockSparse, ops
 from prunelm.benchmarks.harness import Roof, check, measure_roof, report, side_by_side
 
-BLOCKS = ((16, 1), (16, 4), (16, 16), (32, 32), (64, 64), (128, 128))
+BLOCKS = ((16, 1), (16, 4), (16, 16), (32, 32))
+TALL = ((64, 64), (128, 128))
 SPARSITIES = (0.5, 0.75, 0.9, 0.95)
-ROWS = (1, 8, 64)
-# (N, K): the square of most publications, and the layers of a model of width 512.
-SHAPES = ((1024, 1024), (3072, 512), (512, 2048))
+FULLER = (0.0, 0.25)  # where it no longer pays, for one block and shape
+ROWS = (1, 8, 64, 512)
+SQUARE = (1024, 1024)
+# (N, K): attention and feed-forward layers of models of width 512 and 1024.
+SHAPES = (SQUARE, (2048, 512), (512, 2048), (1024, 4096), (4096, 1024))
+SMALL = ((512, 512), (512, 1024), (1024, 512))
 
 
-def case(M: int, N: int, K: int, block: tuple[int, int], sparsity: float) -> tuple[Tensor, ...]:
-    """x, the dense weight with its zeros, and the mask; exactly as many blocks as sparsity says."""
+def case(
+    M: int, N: int, K: int, block: tuple[int, int], sparsity: float
+) -> tuple[Tensor, Tensor, BlockSparse]:
+    """x, the dense weight with its zeros, and its blocks: exactly as many as sparsity says."""
     g = torch.Generator().manual_seed(0)
     rows, cols = N // block[0], K // block[1]
     order = torch.randperm(rows * cols, generator=g)
     mask = (order < round((1 - sparsity) * rows * cols)).view(rows, cols)
     dense = torch.randn(N, K, generator=g)
     dense *= mask.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
-    return torch.randn(M, K, generator=g), dense, mask
+    return torch.randn(M, K, generator=g), dense, BlockSparse.from_dense(dense, block, mask)
 
 
-def torch_bsr(x: Tensor, dense: Tensor, block: tuple[int, int]) -> Callable[[], object]:
-    """torch's own block-sparse linear, which does not run under inference mode."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is in beta
-        weight = dense.to_sparse_bsr(block)
+def torch_sparse(x: Tensor, weight: Tensor) -> Callable[[], object]:
+    """torch's own product with a sparse weight, which does not run under inference mode."""
 
     def call() -> object:
         with torch.inference_mode(False), torch.no_grad():
@@ -46,54 +49,122 @@ def torch_bsr(x: Tensor, dense: Tensor, block: tuple[int, int]) -> Callable[[], 
     return call
 
 
+def peers(x: Tensor, dense: Tensor, block: tuple[int, int]) -> dict[str, Callable[[], object]]:
+    """Other sparse products of the same weight; SciPy's only where it is installed."""
+    calls: dict[str, Callable[[], object]] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that they are in beta
+        if block[0] == block[1] >= 16:
+            calls["torch_bsr"] = torch_sparse(x, dense.to_sparse_bsr(block))
+        if block == (1, 1):
+            calls["torch_csr"] = torch_sparse(x, dense.to_sparse_csr())
+    try:
+        from scipy import sparse  # type: ignore[import-not-found]
+    except ImportError:
+        return calls
+    numbers = dense.numpy()
+    stored = sparse.csr_array(numbers) if block == (1, 1) else sparse.bsr_array(numbers, block)
+    columns = x.T.contiguous().numpy()
+    calls["scipy"] = lambda: stored @ columns
+    return calls
+
+
 def forward(
-    M: int, N: int, K: int, block: tuple[int, int], sparsity: float, threads: int, roof: Roof
+    M: int,
+    N: int,
+    K: int,
+    block: tuple[int, int],
+    sparsity: float,
+    *,
+    threads: int,
+    roof: Roof,
+    dtype: torch.dtype = torch.float32,
+    beside: bool = False,
 ) -> dict[str, Any]:
-    """One line of the table: every way to compute the same, checked first."""
-    x, dense, mask = case(M, N, K, block, sparsity)
-    weight = BlockSparse.from_dense(dense, block, mask)
-    calls: dict[str, Callable[[], object]] = {
-        "ours": lambda: ops.block_sparse_linear(x, weight),
-        "dense": lambda: F.linear(x, dense),
-    }
+    """One line of the table: every way to compute the same, checked first.
+
+    Args:
+        dtype: of the stored weight; rows are float32.
+        beside: also the sparse products of others.
+    """
+    x, dense, weight = case(M, N, K, block, sparsity)
+    others = peers(x, dense, block) if beside else {}
+    calls: dict[str, Callable[[], object]] = {"dense": lambda: F.linear(x, dense), **others}
+    if dtype != torch.float32:
+        values = weight.values.transpose(1, 2).to(dtype).transpose(1, 2)
+        weight = BlockSparse(values, weight.crow, weight.col, weight.shape)
+        narrow, narrow_x = dense.to(dtype), x.to(dtype)
+        dense = narrow.float()
+        calls["dense_16"] = lambda: F.linear(narrow_x, narrow)
     exact = F.linear(x.double(), dense.double())
     what = f"block_sparse_linear at M={M} N={N} K={K}, block {block}, sparsity {sparsity}"
     check(ops.block_sparse_linear(x, weight), F.linear(x, dense), exact, what)
-    if block[0] == block[1] >= 16 and (N, K) == SHAPES[0] and sparsity >= 0.75:
-        calls["torch_bsr"] = torch_bsr(x, dense, block)
     with torch.inference_mode():
-        us = side_by_side(calls, threads)
+        us = side_by_side({"ours": lambda: ops.block_sparse_linear(x, weight), **calls}, threads)
     stored = weight.values.numel()
-    least = roof.us(2 * M * stored, 4 * (stored + M * (N + K)))
+    size = weight.values.element_size() * stored + 4 * (weight.col.numel() + M * (N + K))
     return {
         "M": M,
         "N": N,
         "K": K,
         "block": f"{block[0]}x{block[1]}",
         "sparsity": sparsity,
-        **{name: us.get(name) for name in ("ours", "dense", "torch_bsr")},
+        "stored": str(dtype).removeprefix("torch."),
+        "ours": us["ours"],
+        "dense": us["dense"],
+        **{name: us.get(name) for name in ("dense_16", "torch_bsr", "torch_csr", "scipy")},
         "speedup": us["dense"] / us["ours"],
         "GFLOP/s": 2 * M * stored / us["ours"] / 1e3,
-        "of_roof": least / us["ours"],
+        "of_roof": roof.us(2 * M * stored, size) / us["ours"],
     }
 
 
-def backward(M: int, block: tuple[int, int], sparsity: float, threads: int) -> dict[str, Any]:
-    """Forward and backward together, gradients of x and of the weight."""
-    N = K = 1024
-    x, dense, mask = case(M, N, K, block, sparsity)
-    weight = BlockSparse.from_dense(dense, block, mask)
-    x.requires_grad_()
-    values = weight.values.detach().requires_grad_()
-    stored = BlockSparse(values, weight.crow, weight.col, weight.shape)
-    dense.requires_grad_()
+def gradients(
+    M: int, block: tuple[int, int], sparsity: float, threads: int, N: int = 1024, K: int = 1024
+) -> dict[str, Any]:
+    """Each gradient beside the forward product of the same weight."""
+    x, _, weight = case(M, N, K, block, sparsity)
     grad = torch.randn(M, N, generator=torch.Generator().manual_seed(1))
+    op, at = torch.ops.prunelm, (weight.crow, weight.col)
+    with torch.inference_mode():
+        us = side_by_side(
+            {
+                "forward": lambda: ops.block_sparse_linear(x, weight),
+                "grad_x": lambda: op.block_sparse_linear_grad_x(grad, weight.values, *at, K),
+                "grad_values": lambda: op.block_sparse_linear_grad_values(grad, x, *at, *block),
+            },
+            threads,
+        )
+    names = {"M": M, "N": N, "K": K, "block": f"{block[0]}x{block[1]}", "sparsity": sparsity}
+    shares = {f"{name}/forward": us[name] / us["forward"] for name in ("grad_x", "grad_values")}
+    return {**names, **us, **shares}
+
+
+def training_step(
+    M: int, N: int, K: int, block: tuple[int, int], sparsity: float, threads: int
+) -> dict[str, Any]:
+    """Forward, both gradients and Adam of one layer, beside the dense one."""
+    x, dense, weight = case(M, N, K, block, sparsity)
+    grad = torch.randn(M, N, generator=torch.Generator().manual_seed(1))
+    x.requires_grad_()
+
+    def step(parameter: Tensor, product: Callable[[], Tensor]) -> Callable[[], object]:
+        adam = torch.optim.Adam([parameter], lr=1e-6, fused=True)
+
+        def call() -> None:
+            x.grad = None
+            adam.zero_grad()
+            product().backward(grad)
+            adam.step()
+
+        return call
+
+    full, values = dense.requires_grad_(), weight.values.detach().requires_grad_()
+    stored = BlockSparse(values, weight.crow, weight.col, weight.shape)
     us = side_by_side(
         {
-            "ours": lambda: torch.autograd.grad(
-                ops.block_sparse_linear(x, stored), (x, values), grad
-            ),
-            "dense": lambda: torch.autograd.grad(F.linear(x, dense), (x, dense), grad),
+            "ours": step(values, lambda: ops.block_sparse_linear(x, stored)),
+            "dense": step(full, lambda: F.linear(x, full)),
         },
         threads,
         rounds=7,
@@ -106,29 +177,48 @@ def main(words: Sequence[str] | None = None) -> None:
     """Prints a machine line, tables in microseconds and lines of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="75 %% sparsity at 1024 x 1024 only")
+    parser.add_argument("--full", action="store_true", help="all shapes and blocks, 10 minutes")
     parser.add_argument("--save", action="store_true", help="merge into benchmarks/results")
     options = parser.parse_args(words)
-    threads, roof = options.threads, measure_roof(options.threads)
+    threads, roof, full = options.threads, measure_roof(options.threads), options.full
+
+    def line(
+        M: int, shape: tuple[int, int], block: tuple[int, int], sparsity: float, **more: Any
+    ) -> dict[str, Any]:
+        return forward(M, *shape, block, sparsity, threads=threads, roof=roof, **more)
+
     rows = [
-        forward(M, N, K, block, sparsity, threads, roof)
-        for N, K in (SHAPES[:1] if options.quick else SHAPES)
-        for block in (BLOCKS if (N, K) == SHAPES[0] else ((16, 4), (16, 16)))
-        for sparsity in ((0.75,) if options.quick else SPARSITIES)
+        line(M, shape, block, sparsity, beside=full and shape == SQUARE)
+        for shape in ((*SHAPES, *SMALL) if full else (SQUARE,))
+        for block in (*BLOCKS, *(TALL if full and shape == SQUARE else ()))
+        for sparsity in SPARSITIES
         for M in ROWS
     ]
-    rows += [forward(M, 1024, 1024, (16, 1024), 0.0, threads, roof) for M in (1, 8, 64, 128, 512)]
-    # Too low for a panel of 16 outputs: right, but slower than dense.
-    rows += [forward(M, 1024, 1024, (1, 1), 0.9, threads, roof) for M in ROWS]
+    rows += [line(M, SQUARE, (16, 4), sparsity) for sparsity in FULLER for M in ROWS]
     report("block_sparse_linear", threads, roof, rows, options.save)
-    if not options.quick:
-        both = [
-            backward(M, block, sparsity, threads)
-            for block in ((16, 4), (16, 16), (64, 64))
-            for sparsity in (0.75, 0.9)
-            for M in (64, 512)
-        ]
-        report("block_sparse_linear forward and backward", threads, roof, both, options.save)
+    single = [
+        line(M, SQUARE, (1, 1), sparsity, beside=True) for sparsity in SPARSITIES for M in ROWS
+    ]
+    report("block_sparse_linear of single weights", threads, roof, single, options.save)
+    panels = [line(M, SQUARE, (16, SQUARE[1]), 0.0) for M in (1, 2, 4, 8, 16, 32, 64, 512)]
+    report("block_sparse_linear of dense weights", threads, roof, panels, options.save)
+    narrow = [
+        line(M, shape, (16, shape[1] if sparsity == 0 else 4), sparsity, dtype=torch.bfloat16)
+        for shape in ((SQUARE, (4096, 4096)) if full else (SQUARE,))
+        for sparsity in (0.0, 0.75)
+        for M in (1, 8, 64)
+    ]
+    report("block_sparse_linear of bfloat16 weights", threads, roof, narrow, options.save)
+    both = [
+        gradients(M, block, sparsity, threads)
+        for block in BLOCKS[1:]
+        for sparsity in (SPARSITIES if full else (0.75, 0.9))
+        for M in (64, 512)
+    ]
+    report("block_sparse_linear gradients", threads, roof, both, options.save)
+    M, N, K = (2048, 2048, 2048) if full else (512, 1024, 1024)
+    steps = [training_step(M, N, K, block, 0.9, threads) for block in BLOCKS[1:]]
+    report("block_sparse_linear training step", threads, roof, steps, options.save)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """low_rank_linear against two dense linears and the one that it replaces, on this machine.
 
-python -m prunelm.benchmarks.bench_low_rank_linear [--threads 2] [--save]
+python -m prunelm.benchmarks.bench_low_rank_linear [--full] [--threads 2] [--save]
 """
 
 import argparse
@@ -14,18 +14,15 @@ from prunelm import ops
 from prunelm.benchmarks.harness import Roof, check, measure_roof, report, side_by_side
 from prunelm.nn import LowRankLinear, PackedLowRankLinear
 
-# (K, N, R): an eighth, a quarter and half of full rank.
-SHAPES = (
-    *((512, 512, R) for R in (32, 64, 128)),
-    *((1024, 1024, R) for R in (64, 128, 256)),
-    (512, 2048, 128),
-    (2048, 512, 128),
-)
-ROWS = (1, 8, 64, 256)
+# Square layers of width d, at a sixteenth, an eighth and a quarter of full rank.
+WIDTHS = (512, 1024, 4096)
+SHARES = (16, 8, 4)
+ROWS = (1, 8, 64, 512)
 
 
-def forward(M: int, K: int, N: int, R: int, threads: int, roof: Roof) -> dict[str, Any]:
+def forward(M: int, d: int, R: int, threads: int, roof: Roof) -> dict[str, Any]:
     """One line of the table: every way to compute the same, checked first."""
+    N = K = d
     torch.manual_seed(0)
     plain = LowRankLinear(K, N, R, bias=False).requires_grad_(False)
     packed, x = PackedLowRankLinear(plain), torch.randn(M, K)
@@ -44,6 +41,7 @@ def forward(M: int, K: int, N: int, R: int, threads: int, roof: Roof) -> dict[st
                 "dense": lambda: F.linear(x, dense),
             },
             threads,
+            rounds=7 if M * d * d > 2**31 else 15,
         )
     work = R * (K + N)
     least = roof.us(2 * M * work, 4 * (work + M * (N + K)))
@@ -64,10 +62,16 @@ def main(words: Sequence[str] | None = None) -> None:
     """Prints a machine line, a table in microseconds and one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--full", action="store_true", help="also width 4096")
     parser.add_argument("--save", action="store_true", help="merge into benchmarks/results")
     options = parser.parse_args(words)
     roof = measure_roof(options.threads)
-    rows = [forward(M, *shape, options.threads, roof) for shape in SHAPES for M in ROWS]
+    rows = [
+        forward(M, d, d // share, options.threads, roof)
+        for d in (WIDTHS if options.full else WIDTHS[:2])
+        for share in SHARES
+        for M in ROWS
+    ]
     report("low_rank_linear", options.threads, roof, rows, options.save)
 
 

@@ -1,18 +1,17 @@
 """rnnt_loss with its gradient, against torch's own ops one anti-diagonal at a time.
 
-python -m prunelm.benchmarks.bench_rnnt_loss
+python -m prunelm.benchmarks.bench_rnnt_loss [--threads 2] [--save]
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prunelm.metrics.speed import interleaved
+from prunelm.benchmarks.harness import measure_roof, report, side_by_side
 from prunelm.ops.rnnt_loss import rnnt_loss
-from prunelm.study.machine import describe, one_line
 
 SHAPES = (
     (16, 50, 35, 29),
@@ -48,8 +47,8 @@ def in_torch(logits: Tensor, targets: Tensor, frames: Tensor, tokens: Tensor) ->
     return -(grid[row, last + tokens, tokens] + blank[row, last, tokens])
 
 
-def measure(B: int, T: int, U1: int, V: int, threads: int) -> dict[str, float]:
-    """Milliseconds of loss and gradient either way; checked against each other first."""
+def measure(B: int, T: int, U1: int, V: int, threads: int) -> dict[str, Any]:
+    """One line of the table: loss and gradient either way, checked against each other first."""
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(B, T, U1, V, generator=g).requires_grad_()
     targets = torch.randint(1, V, (B, U1 - 1), generator=g)
@@ -65,28 +64,21 @@ def measure(B: int, T: int, U1: int, V: int, threads: int) -> dict[str, float]:
         error = float(((a - b).abs() / b.abs().max()).max())
         if not error <= 1e-4:  # torch keeps its lattice in float32
             raise RuntimeError(f"{name}: expected torch's, got an error of {error}")
-    calls = {"prunelm": lambda: both(rnnt_loss), "torch": lambda: both(in_torch)}
-    return {
-        name: time.median_ms for name, time in interleaved(calls, threads=threads, runs=7).items()
-    }
+    us = side_by_side(
+        {"ours": lambda: both(rnnt_loss), "torch": lambda: both(in_torch)}, threads, rounds=7
+    )
+    return {"B": B, "T": T, "U1": U1, "V": V, **us, "speedup": us["torch"] / us["ours"]}
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Prints a machine line, a table in milliseconds and one line of JSON."""
+    """Prints a machine line, a table in microseconds and one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--full", action="store_true", help="the same: it is short")
+    parser.add_argument("--save", action="store_true", help="merge into benchmarks/results")
     options = parser.parse_args(words)
-    print(one_line(describe()), f"median of 7 in milliseconds, {options.threads} threads")
-    print("    B    T  U+1     V    prunelm      torch   ratio")
-    results = []
-    for B, T, U1, V in SHAPES:
-        times = measure(B, T, U1, V, options.threads)
-        ratio = times["torch"] / times["prunelm"]
-        print(
-            f"{B:5} {T:4} {U1:4} {V:5} {times['prunelm']:10.2f} {times['torch']:10.2f} {ratio:7.1f}"
-        )
-        results.append({"B": B, "T": T, "U1": U1, "V": V, **times})
-    print(json.dumps({"bench": "rnnt_loss", "threads": options.threads, "ms": results}))
+    rows = [measure(*shape, options.threads) for shape in SHAPES]
+    report("rnnt_loss", options.threads, measure_roof(options.threads), rows, options.save)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ With --demo, a finished demo's results.json becomes results/demo.json first.
 """
 
 import argparse
+import io
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 
 from prunelm.data.files import replace_file
 from prunelm.study.machine import one_line
-from prunelm.study.plots import PLOTS, svg
+from prunelm.study.plots import COLORS, MARKERS, PLOTS, STYLE, svg
 from prunelm.study.report import COLUMNS, lead
 from prunelm.study.results import DENSE, Results, load_results
 
@@ -47,12 +48,49 @@ def demo(results: Results) -> str:
     )
 
 
-def kernels(devices: Sequence[Mapping[str, Any]]) -> str:
+def break_even(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Speed of 16x4 blocks over dense against the share of blocks that is stored, as an <svg>."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    shown = [r for r in rows if r["block"] == "16x4" and r["N"] == r["K"] == 1024]
+    data = io.BytesIO()
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "break-even"}):
+        figure = Figure(figsize=(5.4, 3.7), layout="constrained")
+        ax = figure.add_subplot()
+        for i, M in enumerate(sorted({r["M"] for r in shown})):
+            points = sorted((100 * (1 - r["sparsity"]), r["speedup"]) for r in shown if r["M"] == M)
+            ax.plot(*zip(*points, strict=True), color=COLORS[i], marker=MARKERS[i], ms=5, lw=1.6,
+                    label=f"M = {M}")  # fmt: skip
+        ends = [100 * (1 - r["sparsity"]) for r in shown]
+        ax.plot([min(ends), max(ends)], [100 / min(ends), 100 / max(ends)], color="#7b8794", lw=1,
+                ls=(0, (4, 3)), label="in proportion")  # fmt: skip
+        ax.axhline(1, color="#1f2933", lw=1.2)
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+        ticks = sorted(set(ends))
+        ax.set_xticks(ticks, [f"{tick:.0f} %" for tick in ticks])
+        ax.set_xticks([], minor=True)
+        ax.set_yticks([0.5, 1, 2, 4, 8, 16, 32], ["0.5", "1", "2", "4", "8", "16", "32"])
+        ax.set_xlabel("blocks stored")
+        ax.set_ylabel("speed over torch's dense linear")
+        ax.legend()
+        figure.savefig(data, format="svg", metadata={"Date": None}, transparent=True)
+    text = data.getvalue()
+    return on_white(text[text.index(b"<svg") :].decode())
+
+
+def on_white(plot: str) -> str:
+    """An <svg> that is readable on dark pages too."""
+    return plot.replace("<svg ", '<svg style="background:white" ', 1)
+
+
+def kernels(devices: Mapping[str, Mapping[str, Any]]) -> str:
     """Speed of the linear ops over torch's dense one, and of decoding, one part per device."""
-    return "\n\n".join(part for found in devices for part in _device(found) if part)
+    return "\n\n".join(part for name in devices for part in _device(name, devices[name]) if part)
 
 
-def _device(found: Mapping[str, Any]) -> list[str]:
+def _device(name: str, found: Mapping[str, Any]) -> list[str]:
     blocks = found.get("block_sparse_linear, 1 threads")
     ranks = found.get("low_rank_linear, 1 threads")
     decoding = found.get("decoding, 1 threads")
@@ -64,20 +102,22 @@ def _device(found: Mapping[str, Any]) -> list[str]:
         for block in ("16x4", "16x16"):
             for sparsity in (0.5, 0.75, 0.9, 0.95):
                 same = [r for r in square if r["block"] == block and r["sparsity"] == sparsity]
-                name = f"{block} blocks, {100 * sparsity:.0f} % zeros"
-                rows += _row(name, same, lambda r: f"{r['speedup']:.1f}x")
+                label = f"{block} blocks, {100 * sparsity:.0f} % zeros"
+                rows += _row(label, same, lambda r: f"{r['speedup']:.1f}x")
     if ranks:
         square = [r for r in ranks["rows"] if r["N"] == r["K"] == 1024]
         for rank in sorted({r["R"] for r in square}):
             same = [r for r in square if r["R"] == rank]
-            name = f"rank {rank} (over two linears)"
-            rows += _row(name, same, lambda r: f"{r['over_dense']:.1f}x ({r['over_two']:.1f}x)")
+            label = f"rank {rank} (over two linears)"
+            rows += _row(label, same, lambda r: f"{r['over_dense']:.1f}x ({r['over_two']:.1f}x)")
     if rows:
         first = blocks or ranks
         about = f"{first['machine']}; 1 thread, medians, commit {first['commit']}."
         parts.append(
             f"Speed over `torch.nn.functional.linear`: {about}\n\n" + markdown(heading, rows)
         )
+    if (RESULTS / f"{name}.svg").is_file():
+        parts.append(f"![Speed of 16x4 blocks over dense](benchmarks/results/{name}.svg)")
     if decoding:
         lines = [
             [
@@ -104,12 +144,15 @@ def _row(
     return [[name, *(text(found[M]) for M in ROWS)]] if found.keys() >= set(ROWS) else []
 
 
+def devices() -> dict[str, Any]:
+    """What was measured on each device, by the name of its file."""
+    paths = sorted(RESULTS.glob("*.json"))
+    return {path.stem: json.loads(path.read_text()) for path in paths if path.stem != "demo"}
+
+
 def regions() -> dict[str, str]:
     """What belongs between `<!-- results: NAME -->` and `<!-- end -->`."""
-    devices = [
-        json.loads(p.read_text()) for p in sorted(RESULTS.glob("*.json")) if p.stem != "demo"
-    ]
-    found = {"kernels": kernels(devices)}
+    found = {"kernels": kernels(devices())}
     if (RESULTS / "demo.json").is_file():
         found["demo"] = demo(load_results(RESULTS / "demo.json"))
     return found
@@ -138,9 +181,12 @@ def main(words: Sequence[str] | None = None) -> None:
             temporary.write_text((options.demo / "results.json").read_text())
         plot = next(plot for plot in PLOTS if plot.name == PLOT)
         with replace_file(RESULTS / "demo.svg") as temporary:
-            temporary.write_text(
-                svg(plot, results).replace("<svg ", '<svg style="background:white" ', 1)
-            )
+            temporary.write_text(on_white(svg(plot, results)))
+    for name, found in devices().items():
+        blocks = found.get("block_sparse_linear, 1 threads", {"rows": []})
+        if any(row["block"] == "16x4" and row["sparsity"] == 0 for row in blocks["rows"]):
+            with replace_file(RESULTS / f"{name}.svg") as temporary:
+                temporary.write_text(break_even(blocks["rows"]))
     readme = ROOT / "README.md"
     with replace_file(readme) as temporary:
         temporary.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")

@@ -50,6 +50,22 @@ def test_regions_are_filled_and_the_rest_stays(elsewhere: Path) -> None:
     assert "<svg" in (elsewhere / "results" / "demo.svg").read_text()
 
 
+def test_a_device_measured_at_every_density_gets_a_plot(elsewhere: Path) -> None:
+    rows = [
+        {"N": 1024, "K": 1024, "block": "16x4", "sparsity": s, "M": M, "speedup": 1 / (1.1 - s)}
+        for s in (0.0, 0.5, 0.75, 0.9, 0.95)
+        for M in (1, 8, 64)
+    ]
+    found = {"machine": "another", "commit": "abc", "rows": rows}
+    (elsewhere / "results" / "chip.json").write_text(
+        json.dumps({"block_sparse_linear, 1 threads": found})
+    )
+    readme.main([])
+    plot = (elsewhere / "results" / "chip.svg").read_text()
+    assert plot.startswith("<svg style") and all(f"M = {M}" in plot for M in (1, 8, 64))
+    assert "](benchmarks/results/chip.svg)" in (elsewhere / "README.md").read_text()
+
+
 def test_a_readme_without_the_region_is_refused(elsewhere: Path) -> None:
     (elsewhere / "README.md").write_text("no regions\n")
     with pytest.raises(ValueError, match="expected a line '<!-- results: kernels -->', found none"):
