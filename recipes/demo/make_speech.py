@@ -56,7 +56,7 @@ TEST = (
     Voice("flite", "awb"),
     Voice("espeak", "en-us+f5"),
     Voice("piper", "en_US-joe-medium"),
-    Voice("espeak", "en-029+f2"),
+    Voice("espeak", "en+f2"),
 )
 
 
