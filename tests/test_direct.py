@@ -99,7 +99,13 @@ def test_transforms_and_tracing_get_the_op() -> None:
     with torch.inference_mode():
         torch.func.functionalize(run)(x)
         torch.jit.trace(run, x, check_trace=False)
-    assert len(seen) == 2 and all(seen)
+
+        def noted(rows: Tensor) -> Tensor:
+            seen.append(direct.block_sparse_linear(rows, weight, None, 0) is None)
+            return rows
+
+        torch.vmap(noted)(x[:, None])
+    assert len(seen) == 3 and all(seen)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +132,28 @@ def test_other_layouts_go_through_the_op_and_are_right(change) -> None:
             assert torch.equal(
                 ops.block_sparse_linear(x, other), ops.block_sparse_linear(x, weight)
             )
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch._neg_view(torch.randn(5, 60)), torch._efficientzerotensor((5, 60))],
+    ids=["neg", "0"],
+)
+def test_rows_whose_memory_says_something_else_go_through_the_op(x: Tensor) -> None:
+    weight = weight_of(40, 60, (16, 4), torch.float32)
+    with torch.inference_mode():
+        assert direct.block_sparse_linear(x, weight, None, 0) is None
+        want = ops.block_sparse_linear(x.clone(), weight)
+        assert torch.equal(ops.block_sparse_linear(x, weight), want)
+
+
+def test_values_turned_over_in_place_are_seen() -> None:
+    weight, x = weight_of(48, 64, (16, 16), torch.float32), torch.randn(3, 64)
+    with torch.inference_mode():
+        ops.block_sparse_linear(x, weight)
+        weight.values.transpose_(1, 2)
+        want = torch.nn.functional.linear(x, weight.to_dense())
+        torch.testing.assert_close(ops.block_sparse_linear(x, weight), want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

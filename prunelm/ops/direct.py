@@ -34,7 +34,7 @@ class Layout:
     a weight reads its own tensors.
 
     Attributes:
-        dtype: of the values.
+        dtype, strides: of the values.
         addresses: of values, crow and col.
         sizes: number, nnz, N, K, bn, bk.
     """
@@ -61,7 +61,7 @@ class Layout:
         )
         if not good:
             raise ValueError("weight: expected a plain one, laid out for the kernels")
-        self.dtype = values.dtype
+        self.dtype, self.strides = values.dtype, values.stride()
         self.sizes = (number, nnz, N, K, bn, bk)
         self._alive = (values.detach(), crow.detach(), col.detach())
         self.addresses = (values.data_ptr(), crow.data_ptr(), col.data_ptr())
@@ -112,16 +112,20 @@ def low_rank_linear(
 
 
 def _unwatched(x: Tensor) -> bool:
+    """Whether a call on x may go past the dispatcher; a transform's x answers no other question."""
     return (
-        type(x) in _plain
-        and x.is_cpu
-        and x.is_contiguous()
+        _transform() is None
         and not _autocast()
         and not _dispatch_modes()
         and not _function_modes()
         and not _tracing()
         and not _profiling()
-        and _transform() is None
+        and type(x) in _plain
+        and x.is_cpu
+        and x.layout is torch.strided
+        and x.is_contiguous()
+        and not x.is_neg()
+        and x.data_ptr() != 0
     )
 
 
@@ -135,6 +139,7 @@ def _layout(weight: BlockSparse) -> Layout | None:
             and weight.crow.data_ptr() == crow
             and weight.col.data_ptr() == col
             and weight.values.dtype is found.dtype
+            and weight.values.stride() == found.strides
         ):
             return found
     try:
