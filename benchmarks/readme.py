@@ -34,7 +34,7 @@ def markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def demo(results: Results) -> str:
     """The demo's own table."""
     dense = results.row(DENSE)
-    shown = [c for c in COLUMNS if c.heading not in ("vs dense", "Plain torch")]
+    shown = [c for c in COLUMNS if c.heading not in ("vs dense", "Step ms", "Plain torch")]
     rows = [
         [row.name.replace("|", "\\|"), *(column.text(row, dense) for column in shown)]
         for row in results.rows
