@@ -1,4 +1,4 @@
-"""In inference mode the ops go past the dispatcher: same numbers, and only where none can tell."""
+"""Without gradients the ops go past the dispatcher: same numbers, and only where none can tell."""
 
 import copy
 import pickle
@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunelm import BlockSparse, ops
@@ -35,9 +36,12 @@ def test_the_same_numbers(block: tuple[int, int], dtype: torch.dtype) -> None:
         for bias in (None, torch.randn(50).to(dtype)):
             for code, name in enumerate((None, "relu", "gelu", "silu")):
                 x = torch.randn(shape).to(dtype)
+                with torch.no_grad():
+                    plain = direct.block_sparse_linear(x, weight, bias, code)
+                    assert plain is not None and not plain.is_inference()
                 with torch.inference_mode():
                     got = direct.block_sparse_linear(x, weight, bias, code)
-                    assert got is not None and got.is_inference()
+                    assert got is not None and got.is_inference() and torch.equal(got, plain)
                     assert torch.equal(got, through_dispatcher(x, weight, bias, code))
                     assert torch.equal(got, ops.block_sparse_linear(x, weight, bias, name))
 
@@ -71,17 +75,17 @@ class Watching(TorchDispatchMode):
     "context",
     [
         nullcontext,
-        torch.no_grad,
+        forward_ad.dual_level,
         lambda: torch.autocast("cpu", torch.bfloat16),
         Watching,
         lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]),
     ],
-    ids=["grad", "no_grad", "autocast", "dispatch_mode", "profiler"],
+    ids=["grad", "forward_ad", "autocast", "dispatch_mode", "profiler"],
 )
 def test_whoever_listens_gets_the_op(context) -> None:
     weight, x = weight_of(40, 60, (16, 4), torch.float32), torch.randn(5, 60)
-    inference = nullcontext() if context in (nullcontext, torch.no_grad) else torch.inference_mode()
-    with inference, context():
+    without = nullcontext() if context is nullcontext else torch.no_grad()
+    with without, context():
         assert direct.block_sparse_linear(x, weight, None, 0) is None
         got = ops.block_sparse_linear(x, weight)
     want = through_dispatcher(x, weight, None, 0)

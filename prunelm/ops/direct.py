@@ -1,6 +1,6 @@
 """Calls of the CPU kernels past torch's dispatcher, which takes as long as the smallest products.
 
-Only in inference mode, where nothing but the numbers is asked of a call, and only where nobody
+Only without gradients, where nothing but the numbers is asked of a call, and only where nobody
 listens in: no autocast, no compiling or tracing, no mode or transform that would see the op. What
 is not as the kernels read it goes through the dispatcher too, which copies it or says what is
 wrong.
@@ -8,6 +8,7 @@ wrong.
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 import prunelm._C
@@ -17,7 +18,7 @@ from prunelm.sparse import INT32_MAX, BlockSparse
 NUMBERS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 _plain = frozenset((Tensor, Parameter))
-_inference = torch.is_inference_mode_enabled
+_gradients = torch.is_grad_enabled
 _autocast = torch._C._is_any_autocast_enabled
 _compiling = torch.compiler.is_compiling
 _tracing = torch._C._is_tracing
@@ -75,7 +76,7 @@ def block_sparse_linear(
 ) -> Tensor | None:
     """The op's result, or None where it must go through the dispatcher."""
     # Compilers come first: they follow no other question.
-    if _compiling() or not _inference() or (found := _layout(weight)) is None or not _unwatched(x):
+    if _compiling() or _gradients() or (found := _layout(weight)) is None or not _unwatched(x):
         return None
     sizes, dtype = found.sizes, x.dtype
     number, _, N, K, _, _ = sizes
@@ -94,7 +95,7 @@ def low_rank_linear(
     x: Tensor, down: BlockSparse, up: BlockSparse, bias: Tensor | None, activation: int
 ) -> Tensor | None:
     """The op's result from factors in blocks, or None where it must go through the dispatcher."""
-    if _compiling() or not _inference() or not _unwatched(x):
+    if _compiling() or _gradients() or not _unwatched(x):
         return None
     thin, wide = _layout(down), _layout(up)
     if thin is None or wide is None or thin.dtype is not wide.dtype:
@@ -115,6 +116,7 @@ def _unwatched(x: Tensor) -> bool:
     """Whether a call on x may go past the dispatcher; a transform's x answers no other question."""
     return (
         _transform() is None
+        and forward_ad._current_level < 0
         and not _autocast()
         and not _dispatch_modes()
         and not _function_modes()
