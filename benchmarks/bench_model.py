@@ -72,7 +72,7 @@ def layer_us(model: TransformerLM, rows: int, threads: int) -> float:
     for kind, module in kinds.items():
         x = torch.randn(rows, int(str(kind[1])))
         calls[str(kind)] = lambda module=module, x=x: module(x)  # type: ignore[misc]
-    us = side_by_side(calls, threads, rounds=7)
+    us = side_by_side(calls, threads, rounds=5)
     return sum(us[str(kind)] * n for kind, n in count.items())
 
 
@@ -87,7 +87,7 @@ def measure(
         calls["dense"] = made(models["dense"])
         if compiled:
             calls["compiled"] = score_of(torch.compile(models["dense"]), rows)
-        us = side_by_side(calls, threads, rounds=7)
+        us = side_by_side(calls, threads, rounds=5)
         dense_layers = layer_us(models["dense"], rows, threads)
         layers = {name: layer_us(model, rows, threads) for name, model in fast.items()}  # type: ignore[arg-type]
     lines = []
@@ -106,7 +106,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Prints a machine line, a table in microseconds and one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--full", action="store_true", help="also torch.compile's dense model")
+    parser.add_argument("--full", action="store_true", help="score 2048 rows, torch.compile too")
     parser.add_argument("--save", action="store_true", help="merge into benchmarks/results")
     options = parser.parse_args(words)
     torch.manual_seed(0)
@@ -118,7 +118,8 @@ def main(words: Sequence[str] | None = None) -> None:
         models[name] = with_zero_blocks(dense, sparsity)
     models.update({f"rank {rank}": with_ranks(config, rank) for rank in RANKS})
     rows = measure("step", 32, models, options.threads, False)
-    rows += measure("score", 2048, models, options.threads, options.full)
+    scored = 2048 if options.full else 256
+    rows += measure("score", scored, models, options.threads, options.full)
     report("model", options.threads, measure_roof(options.threads), rows, options.save)
 
 
