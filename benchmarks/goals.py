@@ -89,7 +89,7 @@ def low_rank(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "": "yes" if row["over_two"] >= LOW_RANK_OVER_TWO[row["M"]] else "no",
         }
         for row in rows
-        if row["N"] >= 1024
+        if row["N"] >= 1024 and row["M"] in LOW_RANK_OVER_TWO
     ]
 
 

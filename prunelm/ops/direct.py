@@ -75,8 +75,9 @@ def block_sparse_linear(
     x: Tensor, weight: BlockSparse, bias: Tensor | None, activation: int
 ) -> Tensor | None:
     """The op's result, or None where it must go through the dispatcher."""
-    # Compilers come first: they follow no other question.
-    if _compiling() or _gradients() or (found := _layout(weight)) is None or not _unwatched(x):
+    # Compilers come first: they follow no other question. The weight is looked at last: under a
+    # transform it may have no memory.
+    if _compiling() or _gradients() or not _unwatched(x) or (found := _layout(weight)) is None:
         return None
     sizes, dtype = found.sizes, x.dtype
     number, _, N, K, _, _ = sizes
