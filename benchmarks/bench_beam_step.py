@@ -72,7 +72,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Prints a machine line, a table in microseconds and one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--full", action="store_true", help="also torch.compile's version")
+    parser.add_argument("--full", action="store_true", help="every beam, torch.compile's version too")
     parser.add_argument("--save", action="store_true", help="merge into benchmarks/results")
     options = parser.parse_args(words)
     rows = [

@@ -8,9 +8,9 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # from glibc's malloc.h
 def keep_freed_memory() -> None:
     """Lets glibc's malloc reuse what large tensors give back; elsewhere nothing happens.
 
-    By default a tensor of more than 32 MiB at most returns to the system when it is freed, and the
-    next one is mapped, faulted in page by page and zeroed again: a quarter of the CPU time of a
-    training step of the recogniser. The process keeps its largest size until it ends.
+    By default the memory of a large tensor (32 MiB, often less) returns to the system when it is
+    freed, and the next one is mapped, faulted in page by page and zeroed again: a quarter of the
+    CPU time of a training step of the recogniser. The process keeps its largest size to its end.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
