@@ -3,14 +3,13 @@
 python -m prunelm.benchmarks.bench_beam_step [--full] [--threads 2] [--save]
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prunelm.benchmarks.harness import measure_roof, report, side_by_side
+from prunelm.benchmarks.harness import measure_roof, options_of, report, side_by_side
 from prunelm.ops.beam_step import beam_step
 
 BATCHES, BEAMS, VOCABULARIES = (1, 8, 32), (4, 8, 16), (500, 2000, 5000)
@@ -70,11 +69,7 @@ def measure(B: int, W: int, V: int, threads: int, compiled: bool) -> dict[str, A
 
 def main(words: Sequence[str] | None = None) -> None:
     """Prints a machine line, a table in microseconds and one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--full", action="store_true", help="every beam, torch.compile's version too")
-    parser.add_argument("--save", action="store_true", help="merge into benchmarks/results")
-    options = parser.parse_args(words)
+    options = options_of(str(__doc__), words, "every beam, and torch.compile")
     rows = [
         measure(B, W, V, options.threads, options.full)
         for B in BATCHES

@@ -3,7 +3,6 @@
 python -m prunelm.benchmarks.bench_block_sparse_linear [--full] [--threads 2] [--save]
 """
 
-import argparse
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prunelm import BlockSparse, ops
-from prunelm.benchmarks.harness import Roof, check, measure_roof, report, side_by_side
+from prunelm.benchmarks.harness import Roof, check, measure_roof, options_of, report, side_by_side
 
 BLOCKS = ((16, 1), (16, 4), (16, 16), (32, 32))
 TALL = ((64, 64), (128, 128))
@@ -175,11 +174,7 @@ def training_step(
 
 def main(words: Sequence[str] | None = None) -> None:
     """Prints a machine line, tables in microseconds and lines of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--full", action="store_true", help="all shapes and blocks, 10 minutes")
-    parser.add_argument("--save", action="store_true", help="merge into benchmarks/results")
-    options = parser.parse_args(words)
+    options = options_of(str(__doc__), words, "all shapes and blocks, 10 minutes")
     threads, roof, full = options.threads, measure_roof(options.threads), options.full
 
     def line(

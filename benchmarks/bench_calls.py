@@ -3,7 +3,6 @@
 python -m prunelm.benchmarks.bench_calls [--save]
 """
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from prunelm import BlockSparse, ops
-from prunelm.benchmarks.harness import measure_roof, report, side_by_side
+from prunelm.benchmarks.harness import measure_roof, options_of, report, side_by_side
 from prunelm.nn import BlockSparseLinear, LowRankLinear, PackedLowRankLinear
 
 
@@ -48,11 +47,7 @@ def calls(mode: str) -> list[dict[str, Any]]:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Prints a machine line, a table in microseconds and one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1, help="calls are made by one")
-    parser.add_argument("--full", action="store_true", help="the same: it is short")
-    parser.add_argument("--save", action="store_true", help="merge into benchmarks/results")
-    options = parser.parse_args(words)
+    options = options_of(str(__doc__), words, "the same: it is short; one thread calls")
     rows = [row for mode in ("inference_mode", "no_grad") for row in calls(mode)]
     report("calls", 1, measure_roof(1), rows, options.save)
 

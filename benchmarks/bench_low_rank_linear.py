@@ -3,7 +3,6 @@
 python -m prunelm.benchmarks.bench_low_rank_linear [--full] [--threads 2] [--save]
 """
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from prunelm import ops
-from prunelm.benchmarks.harness import Roof, check, measure_roof, report, side_by_side
+from prunelm.benchmarks.harness import Roof, check, measure_roof, options_of, report, side_by_side
 from prunelm.nn import LowRankLinear, PackedLowRankLinear
 
 # Square layers of width d, at a sixteenth, an eighth and a quarter of full rank.
@@ -60,11 +59,7 @@ def forward(M: int, d: int, R: int, threads: int, roof: Roof) -> dict[str, Any]:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Prints a machine line, a table in microseconds and one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--full", action="store_true", help="also width 4096")
-    parser.add_argument("--save", action="store_true", help="merge into benchmarks/results")
-    options = parser.parse_args(words)
+    options = options_of(str(__doc__), words, "also width 4096")
     roof = measure_roof(options.threads)
     rows = [
         forward(M, d, d // share, options.threads, roof)

@@ -5,7 +5,6 @@ python -m prunelm.benchmarks.bench_model [--full] [--threads 2] [--save]
 What is predicted is the dense model's time less what each linear layer, timed alone, saves.
 """
 
-import argparse
 import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunelm.benchmarks.harness import measure_roof, report, side_by_side
+from prunelm.benchmarks.harness import measure_roof, options_of, report, side_by_side
 from prunelm.models.lm import KVCache, LMConfig, TransformerLM
 from prunelm.nn import accelerate
 
@@ -104,11 +103,7 @@ def measure(
 
 def main(words: Sequence[str] | None = None) -> None:
     """Prints a machine line, a table in microseconds and one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--full", action="store_true", help="score 2048 rows, torch.compile too")
-    parser.add_argument("--save", action="store_true", help="merge into benchmarks/results")
-    options = parser.parse_args(words)
+    options = options_of(str(__doc__), words, "score 2048 rows, torch.compile too")
     torch.manual_seed(0)
     config = LMConfig.preset("paper-20m", VOCABULARY)
     dense = TransformerLM(config).eval()

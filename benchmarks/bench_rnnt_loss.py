@@ -3,14 +3,13 @@
 python -m prunelm.benchmarks.bench_rnnt_loss [--threads 2] [--save]
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prunelm.benchmarks.harness import measure_roof, report, side_by_side
+from prunelm.benchmarks.harness import measure_roof, options_of, report, side_by_side
 from prunelm.ops.rnnt_loss import rnnt_loss
 
 SHAPES = (
@@ -72,11 +71,7 @@ def measure(B: int, T: int, U1: int, V: int, threads: int) -> dict[str, Any]:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Prints a machine line, a table in microseconds and one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--full", action="store_true", help="the same: it is short")
-    parser.add_argument("--save", action="store_true", help="merge into benchmarks/results")
-    options = parser.parse_args(words)
+    options = options_of(str(__doc__), words, "the same: it is short")
     rows = [measure(*shape, options.threads) for shape in SHAPES]
     report("rnnt_loss", options.threads, measure_roof(options.threads), rows, options.save)
 

@@ -1,5 +1,6 @@
 """What the kernel benchmarks share: times, the machine's roof, a table, where results go."""
 
+import argparse
 import json
 import re
 import statistics
@@ -17,6 +18,20 @@ from prunelm.data.files import replace_file
 from prunelm.study.machine import describe, one_line
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def options_of(doc: str, words: Sequence[str] | None, full: str) -> argparse.Namespace:
+    """--threads, --full and --save, which all kernel benchmarks take, so that one line runs all.
+
+    Args:
+        doc: the benchmark's docstring; its first line is shown.
+        full: what --full does there.
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--full", action="store_true", help=full)
+    parser.add_argument("--save", action="store_true", help="merge into benchmarks/results")
+    return parser.parse_args(words)
 
 
 def check(got: Tensor, dense: Tensor, exact: Tensor, what: str) -> None:

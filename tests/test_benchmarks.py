@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from prunelm.benchmarks import readme
+from prunelm.benchmarks import goals, readme
 from prunelm.study.results import Results, Row, in_order, save_results
 
 ROOT = Path(__file__).parent.parent
@@ -70,3 +70,20 @@ def test_a_readme_without_the_region_is_refused(elsewhere: Path) -> None:
     (elsewhere / "README.md").write_text("no regions\n")
     with pytest.raises(ValueError, match="expected a line '<!-- results: kernels -->', found none"):
         readme.main([])
+
+
+def test_goals_are_held_against_the_mean_and_the_worst_shape() -> None:
+    row = {"block": "16x4", "M": 8, "sparsity": 0.75}
+    rows = [{**row, "N": N, "K": K, "speedup": 14.0} for N, K in ((1024, 1024), (2048, 512))]
+    rows[1]["speedup"] = 7.0
+    (line,) = goals.block_sparse([*rows, {**rows[0], "N": 30, "speedup": 0.1}])
+    assert line["reached"] == pytest.approx(98**0.5) and line["worst shape"] == 7.0
+    assert (line["asked"], line["shapes"], line[""]) == (7.0, 2, "yes")
+    rows[1]["speedup"] = 5.5  # the mean still is enough, this shape is not
+    assert goals.block_sparse(rows)[0][""] == "no"
+
+
+def test_goals_are_read_off_committed_results(capsys: pytest.CaptureFixture[str]) -> None:
+    goals.main(["amd-epyc-avx2"])
+    shown = capsys.readouterr().out
+    assert "16x4 blocks" in shown and "over two linears" in shown
