@@ -117,18 +117,11 @@ Tensor block_sparse_linear_grad_x_cpu(const Tensor& grad_given, const Tensor& va
   return out;
 }
 
-// [rows, columns] in rows of `wide` numbers, the rest zero: blocks on the edge read past the
-// matrix.
-void widen_rows(const Tensor& from, int64_t rows, int64_t columns, int64_t wide, char* to) {
-  const int64_t bytes = from.scalar_type() == ScalarType::Double ? 8 : 4;
-  const auto* data = static_cast<const char*>(from.data_ptr());
-  torch::stable::parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; ++m) {
-      char* const row = to + m * wide * bytes;
-      std::copy_n(data + m * columns * bytes, columns * bytes, row);
-      std::fill_n(row + columns * bytes, (wide - columns) * bytes, char{0});
-    }
-  });
+// Rows of x and grad that are turned over together: whole runs, as many as the second-level cache
+// holds.
+int64_t turned_rows(const BlockSparseShape& s) {
+  const int64_t rows = (int64_t{1} << 17) / (s.N + s.K + 1) / 64 * 64;
+  return std::clamp<int64_t>(rows, 64, 512);
 }
 
 Tensor block_sparse_linear_grad_values_cpu(const Tensor& grad_given, const Tensor& x_given,
@@ -137,31 +130,36 @@ Tensor block_sparse_linear_grad_values_cpu(const Tensor& grad_given, const Tenso
   const BlockSparseShape s = check_block_sparse_grad_values(grad_given, x_given, crow, col, bn, bk);
   const Tensor grad = torch::stable::contiguous(grad_given);
   const Tensor x = torch::stable::contiguous(x_given);
-  Tensor blocks = torch::stable::new_zeros(grad, {col.size(0), bk, bn});
   const int64_t M = s.N ? grad.numel() / s.N : 0;
-  if (blocks.numel() && M) {
-    const BlockSparseView weight = block_sparse_view(blocks, s, crow, col);
-    check_wide("grad", weight.number, grad);
-    check_dtype("x", x, grad.scalar_type());
-    const size_t bytes = compute_bytes(weight.number);
-    const int64_t wide_grad = weight.block_rows() * bn + 16;
-    const int64_t wide_x = weight.block_columns() * bk;
-    static thread_local Scratch scratch;
-    char* const memory = static_cast<char*>(scratch.reserve((wide_grad + wide_x) * M * bytes));
-    char* const x_memory = memory + wide_grad * M * bytes;
-    widen_rows(grad, M, s.N, wide_grad, memory);
-    widen_rows(x, M, s.K, wide_x, x_memory);
-    std::vector<int32_t> row(col.size(0));
-    for (int64_t r = 0; r < weight.block_rows(); ++r) {
-      std::fill(row.begin() + weight.crow[r], row.begin() + weight.crow[r + 1], int32_t(r));
-    }
-    const MatrixView grad_rows{memory, weight.number, M, s.N, wide_grad};
-    const MatrixView x_rows{x_memory, weight.number, M, s.K, wide_x};
+  const std::vector<int64_t> shape{col.size(0), bk, bn};
+  if (col.size(0) == 0 || M == 0) {
+    return torch::stable::transpose(torch::stable::new_zeros(grad, shape), 1, 2);
+  }
+  Tensor blocks = torch::stable::new_empty(grad, shape);
+  const BlockSparseView weight = block_sparse_view(blocks, s, crow, col);
+  check_wide("grad", weight.number, grad);
+  check_dtype("x", x, grad.scalar_type());
+  MatrixView grad_rows = matrix_view("grad", grad, s.N), x_rows = matrix_view("x", x, s.K);
+  grad_rows.rows = x_rows.rows = M;
+  const BlockSparseLoops& loops = block_sparse_loops();
+  static thread_local Scratch scratch;
+  const int64_t step = std::min(turned_rows(s), M);
+  void* const turned =
+      scratch.reserve(loops.turned_size(weight, step) * compute_bytes(weight.number));
+  for (int64_t m = 0; m < M; m += step) {
+    const int64_t count = std::min(step, M - m);
+    const MatrixView x_part = rows_of(x_rows, m, count), grad_part = rows_of(grad_rows, m, count);
     torch::stable::parallel_for(
-        0, col.size(0), grain(double(bn) * bk * M), [&](int64_t begin, int64_t end) {
-          block_sparse_loops().grad_values(weight, row.data(), grad_rows, x_rows, begin, end,
-                                           blocks.data_ptr());
-        });
+        0, weight.block_columns(), grain(8.0 * count * bk),
+        [&](int64_t begin, int64_t end) { loops.turn_x(weight, x_part, begin, end, turned); });
+    torch::stable::parallel_for(0, weight.block_rows(), grain(8.0 * count * bn),
+                                [&](int64_t begin, int64_t end) {
+                                  loops.turn_grad(weight, grad_part, begin, end, turned);
+                                });
+    over_lines(weight.crow, weight.block_rows(), double(bn * bk * count),
+               [&](int64_t begin, int64_t end) {
+                 loops.grad_values(weight, count, turned, m == 0, begin, end, blocks.data_ptr());
+               });
   }
   return torch::stable::transpose(blocks, 1, 2);
 }

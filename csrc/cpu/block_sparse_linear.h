@@ -30,6 +30,8 @@ struct ColumnsView {
 };
 
 struct BlockSparseLoops {
+  // Whether x must be packed; if not, forward reads it as it is.
+  bool (*packs)(const BlockSparseView& weight, const MatrixView& x);
   // Forward: x's rows in groups; pack_size numbers of the compute type in all.
   int64_t (*pack_groups)(const BlockSparseView& weight, int64_t M);
   int64_t (*pack_size)(const BlockSparseView& weight, int64_t M);
@@ -45,10 +47,16 @@ struct BlockSparseLoops {
   void (*grad_x)(const BlockSparseView& weight, const ColumnsView& columns, const void* packed,
                  int64_t begin, int64_t end, const LinearResult& grad_x);
 
-  // Gradient of blocks [begin, end), which are in rows of blocks row[begin:end]; float32 and
-  // float64. grad has rows of bn * block_rows() + 16 columns and x of bk * block_columns().
-  void (*grad_values)(const BlockSparseView& weight, const int32_t* row, const MatrixView& grad,
-                      const MatrixView& x, int64_t begin, int64_t end, void* grad_values);
+  // Gradient of the blocks, for `rows` rows of x and grad at a time, turned over into turned_size
+  // numbers; float32 and float64 only. x by columns of blocks [begin, end), grad by rows of blocks.
+  int64_t (*turned_size)(const BlockSparseView& weight, int64_t rows);
+  void (*turn_x)(const BlockSparseView& weight, const MatrixView& x, int64_t begin, int64_t end,
+                 void* turned);
+  void (*turn_grad)(const BlockSparseView& weight, const MatrixView& grad, int64_t begin,
+                    int64_t end, void* turned);
+  // Rows of blocks [begin, end) of it; `first`: written, not added to.
+  void (*grad_values)(const BlockSparseView& weight, int64_t rows, void* turned, bool first,
+                      int64_t begin, int64_t end, void* values);
 };
 
 namespace portable {

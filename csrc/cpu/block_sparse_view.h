@@ -90,13 +90,17 @@ void over_lines(const int32_t* start, int64_t count, double multiply_adds_per_bl
 inline void block_sparse_pass(const BlockSparseView& weight, const MatrixView& x,
                               const LinearResult& y, Scratch& scratch) {
   const BlockSparseLoops& loops = block_sparse_loops();
-  void* const packed =
-      scratch.reserve(loops.pack_size(weight, x.rows) * compute_bytes(weight.number));
-  torch::stable::parallel_for(
-      0, loops.pack_groups(weight, x.rows), grain(64.0 * weight.K),
-      [&](int64_t begin, int64_t end) { loops.pack(weight, x, begin, end, packed); });
+  const void* rows = x.data;
+  if (loops.packs(weight, x)) {
+    void* const packed =
+        scratch.reserve(loops.pack_size(weight, x.rows) * compute_bytes(weight.number));
+    torch::stable::parallel_for(
+        0, loops.pack_groups(weight, x.rows), grain(64.0 * weight.K),
+        [&](int64_t begin, int64_t end) { loops.pack(weight, x, begin, end, packed); });
+    rows = packed;
+  }
   over_lines(weight.crow, weight.block_rows(), double(weight.bn * weight.bk * x.rows),
-             [&](int64_t begin, int64_t end) { loops.forward(weight, packed, begin, end, y); });
+             [&](int64_t begin, int64_t end) { loops.forward(weight, rows, begin, end, y); });
 }
 
 }  // namespace prunelm

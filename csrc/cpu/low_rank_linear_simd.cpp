@@ -1,5 +1,7 @@
+#include "cpu/epilogue.h"
 #include "cpu/low_rank_linear.h"
 #include "cpu/panel.h"
+#include "cpu/tiles.h"
 
 namespace prunelm::PRUNELM_ISA {
 namespace {
@@ -15,13 +17,14 @@ const W* row_of(const MatrixView& w, int64_t n) {
 
 #if defined(__AVX2__)
 // sums[g][i][:] += R rows of x times 16 G rows of w from `n` on, over the chunk [k0, k1); x
-// [K][step].
+// [K][R].
 template <int R, int G, typename W>
-void direct(const MatrixView& w, int64_t n, const float* x, int64_t step, int64_t k0, int64_t k1,
-            float* sums, int64_t panel_stride) {
+void direct(const MatrixView& w, int64_t n, const float* x, int64_t k0, int64_t k1, float* sums,
+            int64_t panel_stride) {
   const W* row[G * kWidth];
   for (int i = 0; i < G * kWidth; ++i) row[i] = row_of<W>(w, n + i);
-  Sums<R, float> sum[G];
+  // 32 bytes at a time, as many rows of w as are turned over at once.
+  Sums<R, float, Vector<float>> sum[G];
 #pragma GCC unroll 2
   for (int g = 0; g < G; ++g) sum[g].clear();
   int64_t k = k0;
@@ -36,14 +39,14 @@ void direct(const MatrixView& w, int64_t n, const float* x, int64_t step, int64_
       for (int p = 0; p < 2; ++p) {
         __m256 r[8];
 #pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) r[i] = load(row[g * kWidth + p * 8 + i] + k);
+        for (int i = 0; i < 8; ++i) r[i] = load<Vector<float>>(row[g * kWidth + p * 8 + i] + k);
         transpose(r);
 #pragma GCC unroll 8
         for (int kk = 0; kk < 8; ++kk) {
 #pragma GCC unroll 3
           for (int i = 0; i < R; ++i) {
             sum[g].part[i][p] =
-                fused<float>(broadcast<float>(x[(k + kk) * step + i]), r[kk], sum[g].part[i][p]);
+                fused(broadcast<Vector<float>>(x[(k + kk) * R + i]), r[kk], sum[g].part[i][p]);
           }
         }
       }
@@ -54,11 +57,11 @@ void direct(const MatrixView& w, int64_t n, const float* x, int64_t step, int64_
       if ((k - k0) % kRun == 0) sum[g].flush(sums + g * panel_stride, kWidth);
       float column[kWidth];
       for (int i = 0; i < kWidth; ++i) column[i] = widen(row[g * kWidth + i][k]);
-      sum[g].add(x + k * step, 1, column);
+      sum[g].add(x + k * R, column);
     }
   }
 #pragma GCC unroll 2
-  for (int g = 0; g < G; ++g) sum[g].add_to(sums + g * panel_stride, kWidth);
+  for (int g = 0; g < G; ++g) sum[g].flush(sums + g * panel_stride, kWidth);
 }
 #endif
 
@@ -72,14 +75,15 @@ void through_cache(const MatrixView& w, int64_t n, const Tiles& tiles, const C* 
     const int rows = int(left < 1 ? 1 : left < kPackRows ? left : kPackRows);
     pack_transposed(row_of<W>(w, n + half) + k0, w.stride, rows, k1 - k0, panel + half, kWidth);
   }
-  for (int64_t t = 0; t < tiles.count; ++t) {
+  for (int64_t t = 0; t < tiles.count(); ++t) {
     with_rows(tiles.rows(t), [&](auto r) {
-      Sums<decltype(r)::value, C> sum;
+      constexpr int R = decltype(r)::value;
+      Sums<R, C> sum;
       sum.clear();
-      const C* at = tiles.x(x, t, w.columns) + k0 * tiles.step;
+      const C* at = tiles.x(x, t, w.columns) + k0 * R;
       for (int64_t k = 0; k < k1 - k0;) {
         const int64_t stop = k1 - k0 - k < kRun ? k1 - k0 : k + kRun;
-        for (; k < stop; ++k) sum.add(at + k * tiles.step, 1, panel + k * kWidth);
+        for (; k < stop; ++k) sum.add(at + k * R, panel + k * kWidth);
         sum.flush(sums + tiles.begin(t) * kWidth, kWidth);
       }
     });
@@ -102,13 +106,13 @@ void products(const MatrixView& w, const C* x, int64_t M, int64_t begin, int64_t
 #if defined(__AVX2__)
       if constexpr (sizeof(C) == 4) {
         if (M == 1 && together == 2) {
-          direct<1, 2, W>(w, n, x, tiles.step, k0, k1, sums, size);
+          direct<1, 2, W>(w, n, x, k0, k1, sums, size);
           continue;
         }
         if (M <= kDirectRows) {
           with_rows(int(M), [&](auto r) {
             if constexpr (decltype(r)::value <= kDirectRows) {
-              direct<decltype(r)::value, 1, W>(w, n, x, tiles.step, k0, k1, sums, size);
+              direct<decltype(r)::value, 1, W>(w, n, x, k0, k1, sums, size);
             }
           });
           continue;
@@ -124,11 +128,9 @@ void products(const MatrixView& w, const C* x, int64_t M, int64_t begin, int64_t
   }
 }
 
-int64_t pack_groups(int64_t M) { return Tiles(M).groups(); }
+int64_t pack_groups(int64_t M) { return Tiles(M).count(); }
 
-int64_t pack_size(int64_t M, int64_t columns) {
-  return Tiles(M).groups() * Tiles(M).step * columns;
-}
+int64_t pack_size(int64_t M, int64_t columns) { return M * columns; }
 
 void down(const MatrixView& w, const void* packed, int64_t M, int64_t begin, int64_t end, void* z) {
   with_number(w.number, [&](auto zero) {
@@ -136,11 +138,11 @@ void down(const MatrixView& w, const void* packed, int64_t M, int64_t begin, int
     const Tiles tiles(M);
     const auto pack_z = [&](const C* sums, int64_t n) {
       const int64_t width = w.rows - n < kWidth ? w.rows - n : kWidth;
-      for (int64_t t = 0; t < tiles.count; ++t) {
-        C* const out = tiles.x(static_cast<C*>(z), t, w.rows) + n * tiles.step;
+      for (int64_t t = 0; t < tiles.count(); ++t) {
+        C* const out = tiles.x(static_cast<C*>(z), t, w.rows) + n * tiles.rows(t);
         const C* const in = sums + tiles.begin(t) * kWidth;
         for (int i = 0; i < tiles.rows(t); ++i) {
-          for (int64_t r = 0; r < width; ++r) out[r * tiles.step + i] = in[i * kWidth + r];
+          for (int64_t r = 0; r < width; ++r) out[r * tiles.rows(t) + i] = in[i * kWidth + r];
         }
       }
     };
@@ -151,8 +153,9 @@ void down(const MatrixView& w, const void* packed, int64_t M, int64_t begin, int
 void up(const MatrixView& w, const void* z, int64_t begin, int64_t end, const LinearResult& y) {
   with_number(w.number, [&](auto zero) {
     using C = Compute<decltype(zero)>;
-    products<decltype(zero)>(w, static_cast<const C*>(z), y.rows, begin, end,
-                             [&](const C* sums, int64_t n) { finish_panel(sums, n, kWidth, y); });
+    products<decltype(zero)>(
+        w, static_cast<const C*>(z), y.rows, begin, end,
+        [&](const C* sums, int64_t n) { finish_rows(sums, n, kWidth, 0, y.rows, y); });
   });
 }
 
