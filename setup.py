@@ -25,6 +25,8 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 INSTRUCTION_SETS = {"portable": []}
 if X86:
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    wide = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+    INSTRUCTION_SETS["avx512"] = [*INSTRUCTION_SETS["avx2"], *wide]
 
 # 2.11 in torch's packed form: the lowest version whose stable ABI the sources may use.
 TORCH_FLOOR = "0x020b000000000000ULL"

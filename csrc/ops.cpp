@@ -54,6 +54,11 @@ PYBIND11_MODULE(_C, m) {
     info["compiler"] = __VERSION__;
     info["cuda"] = bool(PRUNELM_WITH_CUDA);
     info["instruction_set"] = prunelm::instruction_set_name(prunelm::instruction_set());
+    py::list sets;
+    for (const auto set : prunelm::kInstructionSets) {
+      if (set <= prunelm::best_instruction_set()) sets.append(prunelm::instruction_set_name(set));
+    }
+    info["instruction_sets"] = sets;
     return info;
   });
 }

@@ -1,9 +1,6 @@
 """beam_step against a search by lists and loops; its ties, NaN, gradients and compilation."""
 
 import math
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -355,11 +352,3 @@ def test_wrong_terms_backend_and_prune_are_refused() -> None:
         beam_step(score, am_logits, prune="never")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"backend: expected None, 'cpu', .*, got 'gpu'"):
         beam_step(score, am_logits, backend="gpu")  # type: ignore[arg-type]
-
-
-def test_the_portable_loops_do_the_same() -> None:
-    tests = ["-k", "float32 or accurate or ties", __file__]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-    environment = {**os.environ, "PRUNELM_ISA": "portable"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr

@@ -1,9 +1,5 @@
 """block_sparse_linear against the dense product in float64, row by row, and through torch."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -280,15 +276,3 @@ def test_more_rows_of_blocks_than_int32_counts_are_refused() -> None:
     crow = torch.zeros(1, dtype=torch.int32)
     with pytest.raises(RuntimeError, match="weight: expected at most 2147483647 rows of blocks"):
         ops.block_sparse_linear(torch.ones(1, 1), BlockSparse(none, crow, crow[:0], (2**31, 1)))
-
-
-def test_portable_loops_agree() -> None:
-    """Once more where the processor's own instructions are not used."""
-    if os.environ.get("PRUNELM_ISA"):
-        pytest.skip("runs below another instruction set already")
-    chosen = "as_accurate_as_dense and (16x4 or 8x5) and not float64 or 16_bits"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", chosen]
-    result = subprocess.run(
-        command, env={**os.environ, "PRUNELM_ISA": "portable"}, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout[-3000:]

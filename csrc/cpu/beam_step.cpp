@@ -13,22 +13,14 @@
 #include <vector>
 
 #include "check.h"
-#include "instruction_set.h"
 
 namespace prunelm {
 namespace {
 
 template <typename T>
 const BeamLoops<T>& loops() {
-  constexpr bool is_float = std::is_same_v<T, float>;
-#if defined(__x86_64__)
-  if (instruction_set() == InstructionSet::avx2) {
-    if constexpr (is_float) return avx2::beam_loops_float;
-    if constexpr (!is_float) return avx2::beam_loops_double;
-  }
-#endif
-  if constexpr (is_float) return portable::beam_loops_float;
-  if constexpr (!is_float) return portable::beam_loops_double;
+  if constexpr (std::is_same_v<T, float>) return PRUNELM_CHOSEN(beam_loops_float);
+  if constexpr (!std::is_same_v<T, float>) return PRUNELM_CHOSEN(beam_loops_double);
 }
 
 struct Term {

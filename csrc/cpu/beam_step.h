@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cpu/instruction_set.h"
+
 namespace prunelm {
 
 // sum of exp(x - high); the log of it is taken in double.
@@ -24,16 +26,7 @@ struct BeamLoops {
   int64_t (*next_above)(const T* x, int64_t begin, int64_t V, T bound);
 };
 
-namespace portable {
-extern const BeamLoops<float> beam_loops_float;
-extern const BeamLoops<double> beam_loops_double;
-}  // namespace portable
-
-#if defined(__x86_64__)
-namespace avx2 {
-extern const BeamLoops<float> beam_loops_float;
-extern const BeamLoops<double> beam_loops_double;
-}  // namespace avx2
-#endif
+PRUNELM_PER_INSTRUCTION_SET(extern const BeamLoops<float> beam_loops_float;
+                            extern const BeamLoops<double> beam_loops_double;)
 
 }  // namespace prunelm

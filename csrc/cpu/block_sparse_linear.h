@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "cpu/instruction_set.h"
 #include "cpu/number.h"
 
 namespace prunelm {
@@ -59,13 +60,6 @@ struct BlockSparseLoops {
                       int64_t begin, int64_t end, void* values);
 };
 
-namespace portable {
-extern const BlockSparseLoops block_sparse_loops;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const BlockSparseLoops block_sparse_loops;
-}
-#endif
+PRUNELM_PER_INSTRUCTION_SET(extern const BlockSparseLoops block_sparse_loops;)
 
 }  // namespace prunelm

@@ -285,7 +285,10 @@ void forward_panels(const BlockSparseView& w, const Compute<W>* packed, int64_t 
           }
         }
       });
-      for (int g = 0; g < waiting; ++g) panels_of_tile<R, 1>(blocks, panel + g, packed, y);
+      if (waiting == 0) return;
+      // Fewer panels take as long: the last stands in for those that are missing.
+      for (int g = waiting; g < G; ++g) panel[g] = panel[g - 1];
+      panels_of_tile<R, G>(blocks, panel, packed, y);
     };
     // Eight sums at least.
     constexpr int kSums = 8 / Sums<1, Compute<W>>::kParts;

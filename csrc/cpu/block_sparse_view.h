@@ -5,18 +5,12 @@
 
 #include "check.h"
 #include "cpu/block_sparse_linear.h"
-#include "cpu/instruction_set.h"
 #include "cpu/linear.h"
 #include "cpu/scratch.h"
 
 namespace prunelm {
 
-inline const BlockSparseLoops& block_sparse_loops() {
-#if defined(__x86_64__)
-  if (instruction_set() == InstructionSet::avx2) return avx2::block_sparse_loops;
-#endif
-  return portable::block_sparse_loops;
-}
+inline const BlockSparseLoops& block_sparse_loops() { return PRUNELM_CHOSEN(block_sparse_loops); }
 
 // Contents of crow and col; without these checks a damaged file would make the loops read anywhere.
 inline void check_pattern(const BlockSparseView& weight, int64_t nnz) {

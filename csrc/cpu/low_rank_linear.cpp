@@ -7,19 +7,13 @@
 #include "cpu/block_sparse_linear.h"
 #include "cpu/block_sparse_view.h"
 #include "cpu/direct.h"
-#include "cpu/instruction_set.h"
 #include "cpu/linear.h"
 #include "cpu/scratch.h"
 
 namespace prunelm {
 namespace {
 
-const LowRankLoops& loops() {
-#if defined(__x86_64__)
-  if (instruction_set() == InstructionSet::avx2) return avx2::low_rank_loops;
-#endif
-  return portable::low_rank_loops;
-}
+const LowRankLoops& loops() { return PRUNELM_CHOSEN(low_rank_loops); }
 
 Tensor dense(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cpu/instruction_set.h"
 #include "cpu/number.h"
 
 namespace prunelm {
@@ -23,13 +24,6 @@ struct LowRankLoops {
              const LinearResult& y);
 };
 
-namespace portable {
-extern const LowRankLoops low_rank_loops;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const LowRankLoops low_rank_loops;
-}
-#endif
+PRUNELM_PER_INSTRUCTION_SET(extern const LowRankLoops low_rank_loops;)
 
 }  // namespace prunelm

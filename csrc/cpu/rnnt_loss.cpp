@@ -12,7 +12,6 @@
 #include <vector>
 
 #include "check.h"
-#include "instruction_set.h"
 
 namespace prunelm {
 namespace {
@@ -21,15 +20,8 @@ constexpr double kNone = -std::numeric_limits<double>::infinity();
 
 template <typename T>
 const RnntLoops<T>& loops() {
-  constexpr bool is_float = std::is_same_v<T, float>;
-#if defined(__x86_64__)
-  if (instruction_set() == InstructionSet::avx2) {
-    if constexpr (is_float) return avx2::rnnt_loops_float;
-    if constexpr (!is_float) return avx2::rnnt_loops_double;
-  }
-#endif
-  if constexpr (is_float) return portable::rnnt_loops_float;
-  if constexpr (!is_float) return portable::rnnt_loops_double;
+  if constexpr (std::is_same_v<T, float>) return PRUNELM_CHOSEN(rnnt_loops_float);
+  if constexpr (!std::is_same_v<T, float>) return PRUNELM_CHOSEN(rnnt_loops_double);
 }
 
 double log_add(double a, double b) {

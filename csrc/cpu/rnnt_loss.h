@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cpu/instruction_set.h"
+
 namespace prunelm {
 
 struct Normaliser {
@@ -18,16 +20,7 @@ struct RnntLoops {
   void (*scale)(T* x, T factor, int64_t V);
 };
 
-namespace portable {
-extern const RnntLoops<float> rnnt_loops_float;
-extern const RnntLoops<double> rnnt_loops_double;
-}  // namespace portable
-
-#if defined(__x86_64__)
-namespace avx2 {
-extern const RnntLoops<float> rnnt_loops_float;
-extern const RnntLoops<double> rnnt_loops_double;
-}  // namespace avx2
-#endif
+PRUNELM_PER_INSTRUCTION_SET(extern const RnntLoops<float> rnnt_loops_float;
+                            extern const RnntLoops<double> rnnt_loops_double;)
 
 }  // namespace prunelm

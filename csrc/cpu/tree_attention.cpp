@@ -11,22 +11,14 @@
 #include <vector>
 
 #include "check.h"
-#include "instruction_set.h"
 
 namespace prunelm {
 namespace {
 
 template <typename T>
 const TreeLoops<T>& loops() {
-  constexpr bool is_float = std::is_same_v<T, float>;
-#if defined(__x86_64__)
-  if (instruction_set() == InstructionSet::avx2) {
-    if constexpr (is_float) return avx2::tree_loops_float;
-    if constexpr (!is_float) return avx2::tree_loops_double;
-  }
-#endif
-  if constexpr (is_float) return portable::tree_loops_float;
-  if constexpr (!is_float) return portable::tree_loops_double;
+  if constexpr (std::is_same_v<T, float>) return PRUNELM_CHOSEN(tree_loops_float);
+  if constexpr (!std::is_same_v<T, float>) return PRUNELM_CHOSEN(tree_loops_double);
 }
 
 template <typename T>

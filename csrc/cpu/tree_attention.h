@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cpu/instruction_set.h"
+
 namespace prunelm {
 
 template <typename T>
@@ -21,16 +23,7 @@ struct TreeLoops {
                  const TreeShape<T>& shape, T* scratch, T* out);
 };
 
-namespace portable {
-extern const TreeLoops<float> tree_loops_float;
-extern const TreeLoops<double> tree_loops_double;
-}  // namespace portable
-
-#if defined(__x86_64__)
-namespace avx2 {
-extern const TreeLoops<float> tree_loops_float;
-extern const TreeLoops<double> tree_loops_double;
-}  // namespace avx2
-#endif
+PRUNELM_PER_INSTRUCTION_SET(extern const TreeLoops<float> tree_loops_float;
+                            extern const TreeLoops<double> tree_loops_double;)
 
 }  // namespace prunelm

@@ -11,7 +11,9 @@
 namespace prunelm::PRUNELM_ISA {
 namespace {
 
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+constexpr int64_t kBytes = 64;
+#elif defined(__AVX2__)
 constexpr int64_t kBytes = 32;
 #else
 constexpr int64_t kBytes = 16;
