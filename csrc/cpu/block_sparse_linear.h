@@ -31,6 +31,9 @@ struct ColumnsView {
 };
 
 struct BlockSparseLoops {
+  // Whether crow rises from 0 to nnz; and if so, whether each row's columns rise in their range.
+  bool (*good_rows)(const BlockSparseView& weight, int64_t nnz);
+  bool (*good_columns)(const BlockSparseView& weight, int64_t nnz);
   // Whether x must be packed; if not, forward reads it as it is.
   bool (*packs)(const BlockSparseView& weight, const MatrixView& x);
   // Forward: x's rows in groups; pack_size numbers of the compute type in all.

@@ -2,6 +2,7 @@
 #include "cpu/block_sparse_linear.h"
 #include "cpu/block_sparse_lines.h"
 #include "cpu/block_sparse_panels.h"
+#include "cpu/block_sparse_pattern.h"
 
 namespace prunelm::PRUNELM_ISA {
 namespace {
@@ -21,7 +22,7 @@ int64_t pack_groups(const BlockSparseView& w, int64_t M) {
 
 // Panels: one tile more, which is fetched ahead and never read.
 int64_t pack_size(const BlockSparseView& w, int64_t M) {
-  return w.K * (has_panels(w) ? M + kTileRows : lane_groups(M) * kGroup);
+  return w.K * (has_panels(w) ? M + kTileRows : row_lanes(M));
 }
 
 void pack(const BlockSparseView& w, const MatrixView& x, int64_t begin, int64_t end, void* packed) {
@@ -122,8 +123,8 @@ void grad_values(const BlockSparseView& w, int64_t rows, void* turned, bool firs
 
 }  // namespace
 
-const BlockSparseLoops block_sparse_loops{packs,   pack_groups, pack_size,  pack,
-                                          forward, pack_grad,   grad_x,     turned_size,
-                                          turn_x,  turn_grad,   grad_values};
+const BlockSparseLoops block_sparse_loops{
+    good_rows, good_columns, packs,       pack_groups, pack_size, pack,       forward,
+    pack_grad, grad_x,       turned_size, turn_x,      turn_grad, grad_values};
 
 }  // namespace prunelm::PRUNELM_ISA

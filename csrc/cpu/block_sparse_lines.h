@@ -1,9 +1,14 @@
 // Products with blocks of any width: rows of x side by side, an output at a time. Included by
 // block_sparse_linear_simd.cpp only.
+//
+// Runs are cut as a panel's: as many whole blocks as have at most kRun terms, or kRun terms of one
+// long block.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "cpu/block_sparse_linear.h"
 #include "cpu/epilogue.h"
@@ -21,8 +26,7 @@ struct Line {
   const int32_t* place;  // [count] in values; null: as they stand
   int64_t count;
 };
-// Runs are cut as a panel's: as many whole blocks as have at most kRun terms, or kRun terms of one
-// long block.
+
 struct LineShape {
   int64_t size, length;                            // of a block along the sum; of the whole sum
   int64_t own_step, sum_step;                      // strides in values
@@ -31,122 +35,162 @@ struct LineShape {
   int64_t pieces = (size + kRun - 1) / kRun;       // runs of a block
 };
 
-template <typename C>
-constexpr int kLanes = 32 / sizeof(C);
+// 8 E rows of x at one k, as vectors.
+template <typename C, int E>
+struct Lanes {
+  using V = std::conditional_t<E % 2 == 0, Wide<C>, Vector<C>>;
+  static constexpr int kLanes = sizeof(V) / sizeof(C), kCount = E * 8 / kLanes;
+  V part[kCount];
 
-// sums[(l, i)][8 E] = R outputs of each of L lines, for 8 E rows of x, which lie `lanes` (8 or 16)
-// side by side at each k, in groups of 16 `group` numbers apart. Runs are cut as for panels. Where
-// `unit`, blocks have one term.
-template <int R, int L, int E, int lanes, bool unit, typename W, typename C>
-void line(const LineShape& s, const Line<W>* lines, const C* x, int64_t group, C* sums,
-          int64_t sums_row) {
-  constexpr int kVectors = E * 8 / kLanes<C>;
-  const int64_t size = unit ? 1 : s.size, in_run = unit ? kRun : s.in_run;
-  int64_t count = 0, common = lines[0].count;
-#pragma GCC unroll 4
-  for (int l = 0; l < L; ++l) {
-    count = std::max(count, lines[l].count);
-    common = std::min(common, lines[l].count);
+  PRUNELM_INLINE void clear() {
+#pragma GCC unroll 16
+    for (int v = 0; v < kCount; ++v) part[v] = V{};
   }
-  const auto lane = [&](int v) {
-    const int64_t row = v * kLanes<C>;
-    return row / 16 * group + row % 16;
-  };
-  Vector<C> sum[L * R][kVectors];
-  const auto term = [&](int l, const C* at, const W* value) __attribute__((always_inline)) {
-    Vector<C> wide[kVectors];
+  // += w * x[:]
+  template <typename W>
+  PRUNELM_INLINE void add(W w, const C* x) {
+    const V wide = broadcast<V>(widen(w));
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) wide[v] = load<Vector<C>>(at + lane(v));
+    for (int v = 0; v < kCount; ++v) part[v] = fused(wide, load<V>(x + v * kLanes), part[v]);
+  }
+  // out = or += these
+  PRUNELM_INLINE void put(C* out, bool first) const {
+#pragma GCC unroll 16
+    for (int v = 0; v < kCount; ++v) {
+      const V total = first ? part[v] : load<V>(out + v * kLanes) + part[v];
+      std::memcpy(out + v * kLanes, &total, sizeof(total));
+    }
+  }
+};
+
+// out[i] [8 E] = R outputs of a line, for 8 E rows of x [length][lanes].
+template <int R, int E, typename W, typename C>
+void outputs(const LineShape& s, const Line<W>& own, const C* x, int64_t lanes, C* out,
+             int64_t out_row) {
+  Lanes<C, E> sum[R];
+  for (int64_t first = 0, piece = 0; first == 0 || first < own.count;) {
+    const bool begins = first == 0 && piece == 0;
+    const int64_t end = first + s.in_run;
 #pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
-      const Vector<C> w = broadcast<Vector<C>>(widen(value[i * s.own_step]));
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) {
-        sum[l * R + i][v] = fused(w, wide[v], sum[l * R + i][v]);
+    for (int i = 0; i < R; ++i) sum[i].clear();
+    for (int64_t j = first; j < std::min(end, own.count); ++j) {
+      const int64_t k = own.other[j] * s.size + piece, left = s.length - k;
+      const int64_t terms = std::min(std::min(s.size - piece, kRun), left);
+      const C* at = x + k * lanes;
+      const W* value = own.values + (own.place ? own.place[j] : j) * s.block + piece * s.sum_step;
+      for (int64_t t = 0; t < terms; ++t, at += lanes, value += s.sum_step) {
+#pragma GCC unroll 8
+        for (int i = 0; i < R; ++i) sum[i].add(value[i * s.own_step], at);
       }
     }
-  };
-  const auto add = [&](int l, int64_t j, int64_t piece) __attribute__((always_inline)) {
-    const Line<W>& own = lines[l];
-    const int64_t first = own.other[j] * size + piece;
-    const C* at = x + first * lanes;
-    const W* value = own.values + (own.place ? own.place[j] : j) * s.block + piece * s.sum_step;
-    // No prefetcher foresees which rows of x follow; few blocks ahead fit into the first-level
-    // cache.
-    constexpr int64_t kAhead = unit ? 4 : 1;
-    const C* next = x + (own.other[j + kAhead < own.count ? j + kAhead : j] * size + piece) * lanes;
-    const auto fetch = [&]() __attribute__((always_inline)) {
-#pragma GCC unroll 4
-      for (int v = 0; lanes == 16 && v < kVectors; v += 2) __builtin_prefetch(next + lane(v));
-    };
-    if constexpr (unit) {
-      fetch();
-      return term(l, at, value);
-    }
-    const int64_t left = s.length - first, terms = std::min(size - piece, kRun);
-    const int64_t stop = left < terms ? left : terms;
-    for (int64_t k = 0; k < stop; ++k, at += lanes, value += s.sum_step, next += lanes) {
-      fetch();
-      term(l, at, value);
-    }
-  };
-  for (int64_t first = 0, piece = 0; first < count;) {
-    const int64_t end = first + in_run;
 #pragma GCC unroll 8
-    for (int i = 0; i < L * R; ++i)
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) sum[i][v] = Vector<C>{};
-    int64_t j = first;
-    for (const int64_t stop = std::min(end, common); j < stop; ++j) {
-#pragma GCC unroll 4
-      for (int l = 0; l < L; ++l) add(l, j, piece);
-    }
-#pragma GCC unroll 4
-    for (int l = 0; l < L; ++l) {
-      for (int64_t i = j; i < std::min(end, lines[l].count); ++i) add(l, i, piece);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < L * R; ++i) {
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) {
-        C* const out = sums + i * sums_row + v * kLanes<C>;
-        const Vector<C> total = load<Vector<C>>(out) + sum[i][v];
-        std::memcpy(out, &total, sizeof(total));
-      }
-    }
+    for (int i = 0; i < R; ++i) sum[i].put(out + i * out_row, begins);
     piece += kRun;
-    if (piece >= size) first = end, piece = 0;
+    if (piece >= s.size) first = end, piece = 0;
   }
 }
 
-// `count` lines of one output each -> sums[count][rows].
-template <int lanes, bool unit, typename W, typename C>
-void single_lines(const LineShape& s, const Line<W>* of, int64_t count, int64_t eights, const C* x,
-                  int64_t group, C* sums) {
-  constexpr int kMost = lanes / 8;
-  const int64_t rows = eights * 8;
-  const auto at = [&](int64_t e) { return x + e / 2 * group + e % 2 * 8; };
-  int64_t l = 0;
-  // Few rows: four lines side by side keep the multipliers busy.
-  for (; eights <= kMost && l + 4 <= count; l += 4) {
-    over_eights<kMost>(eights, [&](auto e, int64_t first) {
-      line<1, 4, decltype(e)::value, lanes, unit>(s, of + l, at(first), group,
-                                                  sums + l * rows + first * 8, rows);
-    });
+// out[l] [8 E] = the one output of each of L lines of single numbers, shortest line first. Lines
+// side by side keep the multipliers busy: a line's terms wait for each other.
+template <int L, int E, bool placed, int64_t known_lanes, typename W, typename C>
+void single(const Line<W>* const* lines, const C* x, int64_t lanes, C* const* out) {
+  if constexpr (known_lanes > 0) lanes = known_lanes;
+  const W* values[L];
+  const int32_t *other[L], *place[L];
+#pragma GCC unroll 4
+  for (int l = 0; l < L; ++l) {
+    values[l] = lines[l]->values;
+    other[l] = lines[l]->other;
+    place[l] = lines[l]->place;
   }
-  for (; l < count; ++l) {
-    over_eights<lanes == 8 ? 1 : 8>(eights, [&](auto e, int64_t first) {
-      line<1, 1, decltype(e)::value, lanes, unit>(s, of + l, at(first), group,
-                                                  sums + l * rows + first * 8, rows);
-    });
+  const int64_t least = lines[0]->count, most = lines[L - 1]->count;
+  Lanes<C, E> sum[L];
+  for (int64_t first = 0; first == 0 || first < most; first += kRun) {
+#pragma GCC unroll 4
+    for (int l = 0; l < L; ++l) sum[l].clear();
+    int64_t j = first;
+    for (const int64_t stop = std::min(first + kRun, least); j < stop; ++j) {
+#pragma GCC unroll 4
+      for (int l = 0; l < L; ++l) {
+        sum[l].add(values[l][placed ? place[l][j] : j], x + other[l][j] * lanes);
+      }
+    }
+#pragma GCC unroll 4
+    for (int l = 0; l < L; ++l) {
+      const int64_t count = lines[l]->count;
+      for (int64_t i = j; i < std::min(first + kRun, count); ++i) {
+        sum[l].add(values[l][placed ? place[l][i] : i], x + other[l][i] * lanes);
+      }
+      if (first == 0 || first < count) sum[l].put(out[l], first == 0);
+    }
+  }
+}
+
+// sums [count][rows] of `count` lines of single numbers.
+template <bool placed, int64_t known_lanes, typename W, typename C>
+void singles(const Line<W>* lines, int64_t count, int64_t eights, const C* x, int64_t lanes,
+             C* sums) {
+  constexpr int kTogether = 4;
+  const int64_t rows = eights * 8;
+  const Line<W>* of[kWidth];
+  C* out[kWidth];
+  for (int64_t l = 0; l < count; ++l) {  // by length, so that lines side by side end together
+    int64_t at = l;
+    for (; at > 0 && of[at - 1]->count > lines[l].count; --at) of[at] = of[at - 1];
+    of[at] = lines + l;
+  }
+  for (int64_t l = 0; l < count; ++l) out[l] = sums + (of[l] - lines) * rows;
+  over_eights<known_lanes == 8 ? 1 : 8>(eights, [&](auto e, int64_t first) {
+    constexpr int E = decltype(e)::value;
+    constexpr int kVectors = Lanes<C, E>::kCount;
+    constexpr int L = kVectors >= 8 ? 1 : kVectors >= 4 ? 2 : kTogether;
+    C* own[kWidth];
+    for (int64_t l = 0; l < count; ++l) own[l] = out[l] + first * 8;
+    int64_t l = 0;
+    for (; l + L <= count; l += L) {
+      single<L, E, placed, known_lanes>(of + l, x + first * 8, lanes, own + l);
+    }
+    for (; l < count; ++l) {
+      single<1, E, placed, known_lanes>(of + l, x + first * 8, lanes, own + l);
+    }
+  });
+}
+
+// The outputs of `count` lines, `each` of each -> sums [count * each][rows].
+template <typename W, typename C>
+void sums_of(const LineShape& s, const Line<W>* of, int64_t count, int64_t each, int64_t eights,
+             const C* x, int64_t lanes, C* sums) {
+  const int64_t rows = eights * 8;
+  if (each == 1 && s.size == 1) {
+    if (of->place) return singles<true, 0>(of, count, eights, x, lanes, sums);
+    if (lanes == 8) return singles<false, 8>(of, count, eights, x, lanes, sums);
+    return singles<false, 0>(of, count, eights, x, lanes, sums);
+  }
+  const int64_t tiles = (each + kTileRows - 1) / kTileRows;
+  for (int64_t l = 0; l < count; ++l) {
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t i = t * each / tiles, size = (t + 1) * each / tiles - i;
+      Line<W> part = of[l];
+      part.values += i * s.own_step;
+      C* const out = sums + (l * each + i) * rows;
+      with_rows(int(size), [&](auto r) {
+        constexpr int R = decltype(r)::value;
+        // Fewer outputs, more rows: the sums fit into the registers.
+        over_eights<R == 1   ? 8
+                    : R <= 3 ? 4
+                             : 2>(eights, [&](auto e, int64_t at) {
+          outputs<R, decltype(e)::value>(s, part, x + at * 8, lanes, out + at * 8, rows);
+        });
+      });
+    }
   }
 }
 
 // Outputs of the lines [begin, end), `own` each; line_of(c) gives one.
-template <int lanes, typename W, typename LineOf, typename C = Compute<W>>
+template <typename W, typename LineOf, typename C = Compute<W>>
 void lines(const LineShape& s, int64_t own, int64_t begin, int64_t end, LineOf line_of,
            const C* packed, int64_t outputs, const LinearResult& y) {
-  const int64_t eights = (y.rows + 7) / 8, rows = eights * 8, group = kWidth * s.length;
+  const int64_t eights = (y.rows + 7) / 8, lanes = row_lanes(y.rows);
   alignas(64) C sums[kWidth * kPassRows], turned[kPassRows * kWidth];
   const int64_t together = own < kWidth ? kWidth / own : 1;  // lines whose outputs fill a panel
   for (int64_t c = begin; c < end; c += together) {
@@ -156,46 +200,16 @@ void lines(const LineShape& s, int64_t own, int64_t begin, int64_t end, LineOf l
       const int64_t n = c * own + first, here = std::min(count * each, outputs - n);
       if (here <= 0) break;
       fetch_result(n, 0, y.rows, y);
-      std::fill_n(sums, count * each * rows, C(0));
-      Line<W> of[kWidth];
+      Line<W> of[kWidth] = {};
       for (int64_t l = 0; l < count; ++l) {
         of[l] = line_of(c + l);
         of[l].values += first * s.own_step;
       }
-      if (each == 1 && s.size == 1) {
-        single_lines<lanes, true>(s, of, count, eights, packed, group, sums);
-      } else if (each == 1) {
-        single_lines<lanes, false>(s, of, count, eights, packed, group, sums);
-      } else {
-        for (int64_t l = 0; l < count; ++l) {
-          const int64_t tiles = (each + kTileRows - 1) / kTileRows;
-          for (int64_t t = 0; t < tiles; ++t) {
-            const int64_t i = t * each / tiles, size = (t + 1) * each / tiles - i;
-            Line<W> part = of[l];
-            part.values += i * s.own_step;
-            C* const out = sums + (l * each + i) * rows;
-            with_rows(int(size), [&](auto r) {
-              constexpr int R = decltype(r)::value;
-              constexpr int kMost = lanes == 8 ? 1 : R <= 3 ? 4 : 2;
-              over_eights<kMost>(eights, [&](auto e, int64_t at) {
-                line<R, 1, decltype(e)::value, lanes, false>(
-                    s, &part, packed + at / 2 * group + at % 2 * 8, group, out + at * 8, rows);
-              });
-            });
-          }
-        }
-      }
-      turn(sums, rows, int(here), y.rows, turned);
+      sums_of(s, of, count, each, eights, packed, lanes, sums);
+      turn(sums, eights * 8, int(here), y.rows, turned);
       finish_rows(turned, n, here, 0, y.rows, y);
     }
   }
-}
-
-template <typename W, typename LineOf>
-void lines(const LineShape& s, int64_t own, int64_t begin, int64_t end, LineOf line_of,
-           const Compute<W>* packed, int64_t outputs, const LinearResult& y) {
-  if (y.rows <= kPackRows) return lines<8, W>(s, own, begin, end, line_of, packed, outputs, y);
-  lines<16, W>(s, own, begin, end, line_of, packed, outputs, y);
 }
 
 template <typename W>

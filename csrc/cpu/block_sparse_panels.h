@@ -287,14 +287,14 @@ void forward_panels(const BlockSparseView& w, const Compute<W>* packed, int64_t 
       });
       if (waiting == 0) return;
       // Fewer panels take as long: the last stands in for those that are missing.
-      for (int g = waiting; g < G; ++g) panel[g] = panel[g - 1];
+      std::fill(panel + waiting, panel + G, panel[waiting - 1]);
       panels_of_tile<R, G>(blocks, panel, packed, y);
     };
-    // Eight sums at least.
-    constexpr int kSums = 8 / Sums<1, Compute<W>>::kParts;
-    if (y.rows == 1) return grouped(Constant<1>{}, Constant<kSums>{});
-    if (y.rows == 2) return grouped(Constant<2>{}, Constant<kSums / 2>{});
-    return grouped(Constant<3>{}, Constant<kSums / 2>{});
+    // Enough sums to keep the multipliers busy, and few streams of weights.
+    constexpr int kPanels = sizeof(Compute<W>) == 4 ? 4 : 2;
+    if (y.rows == 1) return grouped(Constant<1>{}, Constant<kPanels>{});
+    if (y.rows == 2) return grouped(Constant<2>{}, Constant<kPanels / 2>{});
+    return grouped(Constant<3>{}, Constant<kPanels / 2>{});
   }
   for (int64_t r = begin; r < end; ++r) {
     for (int64_t n = 0; n < blocks.width() && r * blocks.width() + n < w.N; n += kWidth) {

@@ -14,26 +14,11 @@ inline const BlockSparseLoops& block_sparse_loops() { return PRUNELM_CHOSEN(bloc
 
 // Contents of crow and col; without these checks a damaged file would make the loops read anywhere.
 inline void check_pattern(const BlockSparseView& weight, int64_t nnz) {
-  const int32_t *const start = weight.crow, *const column = weight.col;
-  const int64_t rows = weight.block_rows(), block_columns = weight.block_columns();
-  bool good = start[0] == 0 && start[rows] == nnz;
-  for (int64_t r = 0; r < rows; ++r) good &= start[r] <= start[r + 1];
-  if (!good) refuse("crow", "0 to nnz, never falling", "something else");
-  // Columns rise but where a row begins: counted over all of col at once, so that it is done in
-  // vectors and costs little beside the smallest product.
-  int32_t high = -1, low = 0, falls = 0, allowed = 0;
-  for (int64_t j = 0; j < nnz; ++j) {
-    high = std::max(high, column[j]);
-    low = std::min(low, column[j]);
-  }
-  for (int64_t j = 1; j < nnz; ++j) falls += column[j] <= column[j - 1];
-  for (int64_t r = 1; r < rows; ++r) {
-    const int64_t j = start[r];
-    if (j > 0 && j < start[r + 1]) allowed += column[j] <= column[j - 1];
-  }
-  good = low == 0 && high < block_columns && falls == allowed;
-  if (!good) {
-    refuse("col", "columns in [0, " + std::to_string(block_columns) + "), ascending in each row",
+  const BlockSparseLoops& loops = block_sparse_loops();
+  if (!loops.good_rows(weight, nnz)) refuse("crow", "0 to nnz, never falling", "something else");
+  if (!loops.good_columns(weight, nnz)) {
+    refuse("col",
+           "columns in [0, " + std::to_string(weight.block_columns()) + "), ascending in each row",
            "something else");
   }
 }

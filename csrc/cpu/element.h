@@ -126,18 +126,21 @@ PRUNELM_INLINE V load(const W* p) {
     std::memcpy(&out, p, sizeof(out));
     return out;
   }
+  if constexpr (__is_same(W, Bf16)) {
+    using Bits = typename VectorOf<uint32_t, sizeof(V)>::type;
+    typename VectorOf<uint16_t, sizeof(V) / 2>::type half;
+    std::memcpy(&half, p, sizeof(half));
+    return bits_as<V>(__builtin_convertvector(half, Bits) << 16);
+  }
 #if defined(__AVX512F__)
-  if constexpr (sizeof(W) == 2 && kLanes == 16) {
+  if constexpr (__is_same(W, Fp16) && kLanes == 16) {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    if constexpr (__is_same(W, Fp16)) return _mm512_cvtph_ps(half);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    return _mm512_maskz_cvtph_ps(0xffff, half);  // all lanes: gcc warns of the plain form
   }
 #endif
 #if defined(__AVX2__)
-  if constexpr (sizeof(W) == 2 && kLanes == 8) {
-    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    if constexpr (__is_same(W, Fp16)) return _mm256_cvtph_ps(half);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  if constexpr (__is_same(W, Fp16) && kLanes == 8) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
 #endif
   for (int i = 0; i < kLanes; ++i) out[i] = widen(p[i]);

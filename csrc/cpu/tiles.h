@@ -152,22 +152,22 @@ void pack_tile(const X* in, int64_t in_row, int rows, int64_t count, Compute<X>*
 
 constexpr int kGroup = 16;
 
-// Rows side by side: up to 8 as [K][8], more in groups [K][16].
+// Rows side by side, [K][row_lanes(M)]: 8, or a multiple of 16, so that 16 begin a line of cache.
+PRUNELM_INLINE int64_t row_lanes(int64_t M) {
+  return M <= kPackRows ? kPackRows : (M + kGroup - 1) / kGroup * kGroup;
+}
 PRUNELM_INLINE int64_t lane_groups(int64_t M) { return (M + kGroup - 1) / kGroup; }
 
-// Groups [begin, end) of them.
+// Groups [begin, end) of 16 of them.
 [[maybe_unused]] void pack_lanes(const MatrixView& x, int64_t begin, int64_t end, void* packed) {
-  const int lanes = x.rows <= kPackRows ? kPackRows : kGroup;
+  const int64_t lanes = row_lanes(x.rows), last = end * kGroup < lanes ? end * kGroup : lanes;
   with_number(x.number, [&](auto zero) {
     using X = decltype(zero);
-    for (int64_t t = begin; t < end; ++t) {
-      for (int half = 0; half < lanes; half += kPackRows) {
-        int64_t row = t * kGroup + half;
-        if (row >= x.rows) row = x.rows - 1;
-        const int rows = int(x.rows - row < kPackRows ? x.rows - row : kPackRows);
-        pack_transposed(static_cast<const X*>(x.data) + row * x.stride, x.stride, rows, x.columns,
-                        static_cast<Compute<X>*>(packed) + t * kGroup * x.columns + half, lanes);
-      }
+    for (int64_t lane = begin * kGroup; lane < last; lane += kPackRows) {
+      const int64_t row = lane < x.rows ? lane : x.rows - 1;
+      const int rows = int(x.rows - row < kPackRows ? x.rows - row : kPackRows);
+      pack_transposed(static_cast<const X*>(x.data) + row * x.stride, x.stride, rows, x.columns,
+                      static_cast<Compute<X>*>(packed) + lane, lanes);
     }
   });
 }
