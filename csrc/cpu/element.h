@@ -147,6 +147,24 @@ PRUNELM_INLINE V load(const W* p) {
   return out;
 }
 
+#if defined(__AVX2__)
+// Four numbers from p in every 16 bytes of a vector, and one of the four everywhere.
+template <typename V>
+PRUNELM_INLINE V load_four(const float* p) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return _mm512_maskz_broadcast_f32x4(0xffff, _mm_loadu_ps(p));
+#endif
+  if constexpr (sizeof(V) == 32) return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+}
+template <int which, typename V>
+PRUNELM_INLINE V splat(V four) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return _mm512_maskz_permute_ps(0xffff, four, which * 0x55);
+#endif
+  if constexpr (sizeof(V) == 32) return _mm256_permute_ps(four, which * 0x55);
+}
+#endif
+
 // The sum of a vector's numbers, halves first.
 PRUNELM_INLINE float sum_of(Vector<float> x) {
   typedef float Half __attribute__((vector_size(16)));
