@@ -1,17 +1,88 @@
-// The gradient of stored blocks: sums over rows of x and grad, which are both turned over first, so
-// that every stored number's two factors are read in order. Included by
-// block_sparse_linear_simd.cpp only.
+// Gradients of a product with stored blocks. Included by block_sparse_linear_simd.cpp only.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 #include "cpu/block_sparse_linear.h"
+#include "cpu/epilogue.h"
+#include "cpu/lanes.h"
 #include "cpu/panel.h"
 #include "cpu/tiles.h"
 
 namespace prunelm::PRUNELM_ISA {
 namespace {
+
+// Gradient of x, for blocks of whole panels. Rows of grad lie side by side, as do sums of all of K
+// for them; a row of blocks adds to the sums of the columns that it has. So the little that is read
+// again and again, 16 rows of grad, stays in the first-level cache.
+
+// As many rows as leave grad and the sums in the second-level cache.
+int64_t grad_x_rows(const BlockSparseView& w) { return w.N + w.K <= 3072 ? 64 : 32; }
+
+int64_t grad_x_size(const BlockSparseView& w, int64_t rows) {
+  return (w.N + w.block_columns() * w.bk) * row_lanes(rows);
+}
+
+// sums[i][8 E] += values[i][0:terms] times as many rows of grad [terms][lanes], for R columns.
+template <int R, int E, typename C>
+void add_to_columns(const C* values, int64_t bn, int64_t terms, const C* grad, int64_t lanes,
+                    int64_t lane, C* const* sums) {
+  Lanes<C, E> sum[R];
+  for (int64_t begin = 0; begin < terms; begin += kRun) {
+    const int64_t end = begin + kRun < terms ? begin + kRun : terms;
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) sum[i].clear();
+    for (int64_t n = begin; n < end; ++n) {
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) sum[i].add(values[i * bn + n], grad + n * lanes + lane);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) sum[i].put(sums[i] + lane, false);
+  }
+}
+
+template <typename C>
+void grad_x_of_panels(const BlockSparseView& w, const MatrixView& grad, void* scratch,
+                      const LinearResult& out) {
+  const int64_t lanes = row_lanes(grad.rows), columns = w.block_columns() * w.bk;
+  C* const packed = static_cast<C*>(scratch);
+  C* const sums = packed + w.N * lanes;
+  pack_lanes(grad, 0, lane_groups(grad.rows), packed);
+  std::memset(sums, 0, columns * lanes * sizeof(C));
+  for (int64_t r = 0; r < w.block_rows(); ++r) {
+    const int64_t count = (w.crow[r + 1] - w.crow[r]) * w.bk, n = r * w.bn;
+    const int64_t terms = w.bn < w.N - n ? w.bn : w.N - n;
+    const int32_t* col = w.col + w.crow[r];
+    const C* values = static_cast<const C*>(w.values) + w.crow[r] * w.bk * w.bn;
+    const Tiles tiles(count);
+    int64_t k = 0;
+    for (int64_t t = 0; t < tiles.count(); ++t) {
+      C* own[kTileRows];
+      for (int i = 0; i < tiles.rows(t); ++i) {
+        own[i] = sums + (*col * w.bk + k) * lanes;
+        if (++k == w.bk) k = 0, ++col;
+      }
+      with_rows(tiles.rows(t), [&](auto size) {
+        constexpr int R = decltype(size)::value;
+        over_eights<kEights<R>>(lanes / 8, [&](auto e, int64_t first) {
+          add_to_columns<R, decltype(e)::value>(values, w.bn, terms, packed + n * lanes, lanes,
+                                                first * 8, own);
+        });
+      });
+      values += tiles.rows(t) * w.bn;
+    }
+  }
+  alignas(64) C turned[kPassRows * kWidth];
+  for (int64_t k = 0; k < w.K; k += kWidth) {
+    const int here = int(columns - k < kWidth ? columns - k : kWidth);
+    turn(sums + k * lanes, lanes, here, grad.rows, turned);
+    finish_rows(turned, k, kWidth, 0, grad.rows, out);
+  }
+}
+
+// Gradient of the blocks: sums over rows of x and grad, which are both turned over first, so that
+// every stored number's two factors are read in order.
 
 PRUNELM_INLINE int64_t in_eights(int64_t rows) { return (rows + kPackRows - 1) / kPackRows * 8; }
 
@@ -123,18 +194,18 @@ void grad_of_lines(const BlockSparseView& w, int64_t rows, const C* x, const C* 
     for (int64_t i = 0; i < w.bn; ++i) {
       const C* const own = grad + (r * w.bn + i) * lanes;
       over_eights<8>(lanes / 8, [&](auto eights, int64_t at) {
-        constexpr int kCount = decltype(eights)::value * 8 * sizeof(C) / sizeof(Vector<C>);
-        constexpr int kStep = sizeof(Vector<C>) / sizeof(C);
-        Vector<C> g[kCount];
+        using L = Lanes<C, decltype(eights)::value>;
+        using V = typename L::V;
+        V g[L::kCount];
 #pragma GCC unroll 16
-        for (int v = 0; v < kCount; ++v) g[v] = load<Vector<C>>(own + at * 8 + v * kStep);
+        for (int v = 0; v < L::kCount; ++v) g[v] = load<V>(own + at * 8 + v * L::kLanes);
         for (int64_t j = w.crow[r]; j < w.crow[r + 1]; ++j) {
           for (int64_t k = 0; k < w.bk; ++k) {
             const C* const column = x + (w.col[j] * w.bk + k) * lanes + at * 8;
-            Vector<C> sum[2] = {};
+            V sum[2] = {};
 #pragma GCC unroll 16
-            for (int v = 0; v < kCount; ++v) {
-              sum[v % 2] = fused(load<Vector<C>>(column + v * kStep), g[v], sum[v % 2]);
+            for (int v = 0; v < L::kCount; ++v) {
+              sum[v % 2] = fused(load<V>(column + v * L::kLanes), g[v], sum[v % 2]);
             }
             C* const value = values + (j * w.bk + k) * w.bn + i;
             const C total = sum_of(sum[0] + sum[1]);

@@ -58,24 +58,46 @@ void block_sparse_linear_direct(Address x, int x_number, int64_t M, Address valu
            Activation(activation)});
 }
 
-// The pattern by columns, by counting: O(nnz), little beside the product that it is for.
-struct Columns {
-  std::vector<int32_t> start, row, place;
+// The weight turned over, in memory of its own: O(its numbers), little beside the product that it
+// is for.
+class Transposed {
+ public:
+  explicit Transposed(const BlockSparseView& w)
+      : start_(w.block_columns() + 1), row_(w.crow[w.block_rows()]) {
+    for (size_t j = 0; j < row_.size(); ++j) ++start_[w.col[j] + 1];
+    for (size_t c = 1; c < start_.size(); ++c) start_[c] += start_[c - 1];
+    values_.resize(row_.size() * w.bn * w.bk * compute_bytes(w.number));
+    if (w.number == Number::f64) {
+      fill<double>(w);
+    } else {
+      fill<float>(w);
+    }
+    view_ = {values_.data(), w.number, start_.data(), row_.data(), w.K, w.N, w.bk, w.bn};
+  }
+  const BlockSparseView& view() const { return view_; }
 
-  explicit Columns(const BlockSparseView& w)
-      : start(w.block_columns() + 1), row(w.crow[w.block_rows()]), place(row.size()) {
-    for (size_t j = 0; j < row.size(); ++j) ++start[w.col[j] + 1];
-    for (size_t c = 1; c < start.size(); ++c) start[c] += start[c - 1];
-    std::vector<int32_t> next(start.begin(), start.end() - 1);
+ private:
+  template <typename C>
+  void fill(const BlockSparseView& w) {
+    const auto* from = static_cast<const C*>(w.values);
+    auto* to = reinterpret_cast<C*>(values_.data());
+    std::vector<int32_t> next(start_.begin(), start_.end() - 1);
     for (int64_t r = 0; r < w.block_rows(); ++r) {
-      for (int32_t j = w.crow[r]; j < w.crow[r + 1]; ++j) {
-        const int32_t at = next[w.col[j]]++;
-        row[at] = int32_t(r);
-        place[at] = j;
+      for (int64_t j = w.crow[r]; j < w.crow[r + 1]; ++j) {
+        const int64_t at = next[w.col[j]]++, size = w.bn * w.bk;
+        row_[at] = int32_t(r);
+        for (int64_t k = 0; k < w.bk; ++k) {
+          for (int64_t n = 0; n < w.bn; ++n) {
+            to[at * size + n * w.bk + k] = from[j * size + k * w.bn + n];
+          }
+        }
       }
     }
   }
-  ColumnsView view() const { return {start.data(), row.data(), place.data()}; }
+
+  std::vector<int32_t> start_, row_;
+  std::vector<char> values_;
+  BlockSparseView view_;
 };
 
 void check_wide(const char* name, Number number, const Tensor& found) {
@@ -97,23 +119,25 @@ Tensor block_sparse_linear_grad_x_cpu(const Tensor& grad_given, const Tensor& va
   check_wide("values", weight.number, values);
   check_dtype("grad", grad, values.scalar_type());
   const LinearResult result = linear_result(out, M, s.K, std::nullopt, 0);
-  const Columns columns(weight);
-
-  static thread_local Scratch scratch;
-  for (int64_t m = 0; m < M; m += kPassRows) {
-    const int64_t count = std::min(kPassRows, M - m), groups = (count + 15) / 16;
-    const MatrixView part = rows_of(rows, m, count);
-    void* const packed = scratch.reserve(groups * 16 * s.N * compute_bytes(weight.number));
-    torch::stable::parallel_for(0, groups, grain(64.0 * s.N), [&](int64_t begin, int64_t end) {
-      block_sparse_loops().pack_grad(part, begin, end, packed);
-    });
-    const LinearResult part_of_out = rows_of(result, m, count);
-    over_lines(columns.start.data(), weight.block_columns(), double(s.bn * s.bk * count),
-               [&](int64_t begin, int64_t end) {
-                 block_sparse_loops().grad_x(weight, columns.view(), packed, begin, end,
-                                             part_of_out);
-               });
+  const BlockSparseLoops& loops = block_sparse_loops();
+  if (!loops.has_panels(weight)) {
+    forward(Transposed(weight).view(), rows, result);
+    return out;
   }
+  // Threads share the rows out: each writes to all of K.
+  constexpr int64_t kGroup = 16;
+  const double stored = double(col.size(0)) * double(s.bn * s.bk);
+  torch::stable::parallel_for(
+      0, (M + kGroup - 1) / kGroup, grain(kGroup * stored), [&](int64_t begin, int64_t end) {
+        static thread_local Scratch scratch;
+        const int64_t last = std::min(end * kGroup, M), most = loops.grad_x_rows(weight);
+        for (int64_t m = begin * kGroup; m < last; m += most) {
+          const int64_t count = std::min(most, last - m);
+          void* const own =
+              scratch.reserve(loops.grad_x_size(weight, count) * compute_bytes(weight.number));
+          loops.grad_x(weight, rows_of(rows, m, count), own, rows_of(result, m, count));
+        }
+      });
   return out;
 }
 

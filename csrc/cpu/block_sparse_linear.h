@@ -23,13 +23,6 @@ struct BlockSparseView {
   int64_t block_columns() const { return (K + bk - 1) / bk; }
 };
 
-// The blocks of each column: which row of blocks, and which place in values.
-struct ColumnsView {
-  const int32_t* start;  // [columns of blocks + 1]
-  const int32_t* row;    // [nnz], ascending in a column
-  const int32_t* place;  // [nnz]
-};
-
 struct BlockSparseLoops {
   // Whether crow rises from 0 to nnz; and if so, whether each row's columns rise in their range.
   bool (*good_rows)(const BlockSparseView& weight, int64_t nnz);
@@ -45,11 +38,14 @@ struct BlockSparseLoops {
   void (*forward)(const BlockSparseView& weight, const void* packed, int64_t begin, int64_t end,
                   const LinearResult& y);
 
-  // Gradient of x: float32 and float64 only. grad's rows in groups of 16, 16 * N numbers each.
-  void (*pack_grad)(const MatrixView& grad, int64_t begin, int64_t end, void* packed);
-  // Columns of blocks [begin, end) of the result.
-  void (*grad_x)(const BlockSparseView& weight, const ColumnsView& columns, const void* packed,
-                 int64_t begin, int64_t end, const LinearResult& grad_x);
+  // Gradient of x, for blocks of whole panels: of as many rows at a time as grad_x_rows says, with
+  // grad_x_size numbers of scratch; float32 and float64 only. Other blocks are turned over first,
+  // and forward does it.
+  bool (*has_panels)(const BlockSparseView& weight);
+  int64_t (*grad_x_rows)(const BlockSparseView& weight);
+  int64_t (*grad_x_size)(const BlockSparseView& weight, int64_t rows);
+  void (*grad_x)(const BlockSparseView& weight, const MatrixView& grad, void* scratch,
+                 const LinearResult& grad_x);
 
   // Gradient of the blocks, for `rows` rows of x and grad at a time, turned over into turned_size
   // numbers; float32 and float64 only. x by columns of blocks [begin, end), grad by rows of blocks.

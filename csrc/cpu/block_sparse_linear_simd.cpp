@@ -54,27 +54,10 @@ void forward(const BlockSparseView& w, const void* packed, int64_t begin, int64_
   });
 }
 
-void pack_grad(const MatrixView& grad, int64_t begin, int64_t end, void* packed) {
-  pack_lanes(grad, begin, end, packed);
-}
-
-template <typename C>
-void grad_x_of(const BlockSparseView& w, const ColumnsView& columns, const C* packed, int64_t begin,
-               int64_t end, const LinearResult& grad) {
-  const auto column = [&](int64_t c) -> Line<C> {
-    const int64_t first = columns.start[c];
-    return {static_cast<const C*>(w.values), columns.row + first, columns.place + first,
-            columns.start[c + 1] - first};
-  };
-  lines<C>({w.bn, w.N, w.bn, 1, w.bn * w.bk}, w.bk, begin, end, column, packed, w.K, grad);
-}
-
-void grad_x(const BlockSparseView& w, const ColumnsView& columns, const void* packed, int64_t begin,
-            int64_t end, const LinearResult& grad) {
-  if (w.number == Number::f64) {
-    return grad_x_of(w, columns, static_cast<const double*>(packed), begin, end, grad);
-  }
-  grad_x_of(w, columns, static_cast<const float*>(packed), begin, end, grad);
+void grad_x(const BlockSparseView& w, const MatrixView& grad, void* scratch,
+            const LinearResult& out) {
+  if (w.number == Number::f64) return grad_x_of_panels<double>(w, grad, scratch, out);
+  grad_x_of_panels<float>(w, grad, scratch, out);
 }
 
 int64_t turned_size(const BlockSparseView& w, int64_t rows) {
@@ -124,7 +107,7 @@ void grad_values(const BlockSparseView& w, int64_t rows, void* turned, bool firs
 }  // namespace
 
 const BlockSparseLoops block_sparse_loops{
-    good_rows, good_columns, packs,       pack_groups, pack_size, pack,       forward,
-    pack_grad, grad_x,       turned_size, turn_x,      turn_grad, grad_values};
+    good_rows,   good_columns, packs,  pack_groups, pack_size, pack,      forward,    has_panels,
+    grad_x_rows, grad_x_size,  grad_x, turned_size, turn_x,    turn_grad, grad_values};
 
 }  // namespace prunelm::PRUNELM_ISA

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/number.h"
 
@@ -175,6 +176,16 @@ PRUNELM_INLINE float sum_of(Vector<float> x) {
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 PRUNELM_INLINE double sum_of(Vector<double> x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+#if defined(__AVX512F__)
+template <typename V>
+PRUNELM_INLINE auto sum_of(V x)
+  requires(sizeof(V) == 64)
+{
+  Vector<std::remove_cvref_t<decltype(x[0])>> half[2];
+  std::memcpy(half, &x, sizeof(x));
+  return sum_of(half[0] + half[1]);
+}
+#endif
 
 // run(W{}) for the type that a Number names.
 template <typename Run>
