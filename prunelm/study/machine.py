@@ -20,6 +20,7 @@ def describe() -> dict[str, str]:
         "processor": processor(),
         "cores": f"{usable_cores()} usable, torch uses {torch.get_num_threads()} threads",
         "instruction set of torch": torch.backends.cpu.get_cpu_capability(),
+        "instruction set of prunelm": own_instruction_set(),
         "memory": memory(),
     }
     for i in range(torch.cuda.device_count()):
@@ -31,8 +32,20 @@ def one_line(machine: dict[str, str]) -> str:
     """The part of `describe` that a reader of numbers needs."""
     gpus = [value for name, value in machine.items() if name.startswith("GPU")]
     parts = [machine.get(name, "") for name in ("processor", "cores", "instruction set of torch")]
+    own = machine.get("instruction set of prunelm", "")
+    if own.lower() != parts[-1].lower():
+        parts.append(own and f"prunelm in {own}")
     versions = [f"{name} {machine[name]}" for name in ("prunelm", "torch") if name in machine]
     return ", ".join(part for part in [*parts, *gpus, *versions] if part)
+
+
+def own_instruction_set() -> str:
+    """What this package's kernels use: "avx2", say; "none" where the extension does not load."""
+    try:
+        from prunelm import _C
+    except ImportError:
+        return "none"
+    return str(_C.build_information()["instruction_set"])
 
 
 def processor() -> str:
