@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from prunelm.benchmarks import harness, readme
+from prunelm.study.machine import processor_of
 from prunelm.study.results import Results, Row, in_order, save_results
 
 ROOT = Path(__file__).parent.parent
@@ -93,3 +94,10 @@ def test_results_say_which_instruction_sets_were_measured(
     assert found["environment"]["ATEN_CPU_CAPABILITY"] == "avx2"
     assert ours in found["machine"] or theirs.lower() == ours
     assert found["rows"] == [{"us": 1.235}]
+
+
+def test_a_processor_is_told_from_others_of_its_name() -> None:
+    text = "processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n"
+    assert processor_of(f"{text}\n{text.replace('26', '25')}") == "AMD EPYC family 26 model 2"
+    assert processor_of(text.replace("EPYC", "EPYC 9654")) == "AMD EPYC 9654"
+    assert processor_of("processor: 0\nBogoMIPS: 50\n") == ""

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 from pathlib import Path
 
 from prunelm.version import __version__
@@ -51,11 +52,23 @@ def own_instruction_set() -> str:
 def processor() -> str:
     """The processor's own name where the system tells it."""
     path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    found = processor_of(path.read_text(errors="replace")) if path.exists() else ""
+    return found or platform.processor() or platform.machine()
+
+
+def processor_of(text: str) -> str:
+    """The name in what /proc/cpuinfo says of the first processor, "" if none.
+
+    Some hypervisors cut a name down to "AMD EPYC", whichever it is; family and model then tell one
+    from another.
+    """
+    first = text.split("\n\n", 1)[0]
+    pairs = (line.partition(":") for line in first.splitlines())
+    found = {name.strip(): value.strip() for name, _, value in pairs}
+    name = found.get("model name", "")
+    if name and not re.search(r"\d", name) and "cpu family" in found and "model" in found:
+        return f"{name} family {found['cpu family']} model {found['model']}"
+    return name
 
 
 def usable_cores() -> int:
