@@ -224,7 +224,7 @@ def training_step(
 
 def main(words: Sequence[str] | None = None) -> None:
     """Prints a machine line, tables in microseconds and lines of JSON."""
-    options = options_of(str(__doc__), words, "all shapes and blocks, 10 minutes")
+    options = options_of(str(__doc__), words, "all shapes, blocks and peers, 6 minutes")
     threads, roof, full = options.threads, measure_roof(options.threads), options.full
 
     def line(
