@@ -1,6 +1,7 @@
 # make test   sets up .venv, builds, checks style and types, runs the tests
 # make demo   sets up .venv, builds, runs the demo and writes runs/demo/report.html
 # make sanitize  the C++ under AddressSanitizer and UndefinedBehaviorSanitizer, on the tests' shapes
+# make bench  each op beside torch, against this device's committed results; instruction counts
 # PYTHON=...  which Python makes the environment (3.11 or later)
 # TORCH=...   what pip installs as torch, for example a CPU or CUDA build of your choice
 
@@ -12,7 +13,7 @@ CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh
 
 SANITIZED = beam_step block_sparse_linear direct low_rank_linear prefix_tree rnnt_loss tree_attention
 
-.PHONY: build demo test lint sanitize clean
+.PHONY: build demo test lint sanitize bench clean
 
 # torch comes first and alone: the extension is compiled against it, and no later requirement may
 # replace it.
@@ -45,6 +46,10 @@ sanitize: build
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive PYTHONPATH=build/sanitize/lib \
 	$(BIN)/pytest -q -m "not slow" $(SANITIZED:%=tests/test_%.py)
+
+bench: build
+	$(BIN)/pytest -q benchmarks/test_speed.py
+	$(BIN)/python -m prunelm.benchmarks.instructions
 
 clean:
 	rm -rf $(VENV) build dist prunelm/_C*.so

@@ -41,21 +41,23 @@ def with_ranks(config: LMConfig, rank: int) -> TransformerLM:
     return TransformerLM(LMConfig.from_dict(values)).eval()
 
 
-def step_of(model: TransformerLM, rows: int) -> Callable[[], object]:
+def step_of(model: TransformerLM, rows: int, compiled: bool = False) -> Callable[[], Tensor]:
     """One step of beam search: every row has its own path of CONTEXT nodes, the last one new."""
+    step = torch.compile(model.step, dynamic=False) if compiled else model.step
     tokens = torch.randint(VOCABULARY, (rows,))
     path = torch.arange(rows * CONTEXT).view(rows, CONTEXT)
     length = torch.full((rows,), CONTEXT)
     cache: KVCache = model.new_cache(rows * CONTEXT)
     for x in (*cache.key, *cache.value):
         x.normal_()
-    return lambda: model.step(tokens, path, length, cache)
+    return lambda: step(tokens, path, length, cache)
 
 
-def score_of(model: Callable[[Tensor], Tensor], rows: int) -> Callable[[], object]:
+def score_of(model: TransformerLM, rows: int, compiled: bool = False) -> Callable[[], Tensor]:
     """Scoring of rows / 64 sentences of 64 tokens."""
+    score = torch.compile(model, dynamic=False) if compiled else model
     tokens = torch.randint(VOCABULARY, (rows // 64, 64))
-    return lambda: model(tokens)
+    return lambda: score(tokens)
 
 
 def layer_us(model: TransformerLM, rows: int, threads: int) -> float:
@@ -79,13 +81,23 @@ def measure(
     kind: str, rows: int, models: Mapping[str, TransformerLM], threads: int, compiled: bool
 ) -> list[dict[str, Any]]:
     """One line per model: measured, and predicted from its layers."""
-    made = (lambda m: step_of(m, rows)) if kind == "step" else (lambda m: score_of(m, rows))
+
+    def made(model: nn.Module, compiled: bool = False) -> Callable[[], Tensor]:
+        torch.manual_seed(1)  # the same inputs for all
+        return (step_of if kind == "step" else score_of)(model, rows, compiled)  # type: ignore[arg-type]
+
     with torch.inference_mode():
         fast = {name: accelerate(model, rows=(rows,)) for name, model in models.items()}
         calls = {name: made(model) for name, model in fast.items() if name != "dense"}
+        for name, call in calls.items():
+            error = float((call() - made(models[name])()).abs().max())
+            if not error <= 1e-4:  # logits are below 1
+                raise RuntimeError(
+                    f"{kind}, {name}: expected the plain model's logits, off {error}"
+                )
         calls["dense"] = made(models["dense"])
         if compiled:
-            calls["compiled"] = score_of(torch.compile(models["dense"]), rows)
+            calls["compiled"] = made(models["dense"], True)
         us = side_by_side(calls, threads, rounds=5)
         dense_layers = layer_us(models["dense"], rows, threads)
         layers = {name: layer_us(model, rows, threads) for name, model in fast.items()}  # type: ignore[arg-type]
@@ -112,7 +124,7 @@ def main(words: Sequence[str] | None = None) -> None:
         name = f"{BLOCKS[0]}x{BLOCKS[1]} blocks, {sparsity:.0%} zeros"
         models[name] = with_zero_blocks(dense, sparsity)
     models.update({f"rank {rank}": with_ranks(config, rank) for rank in RANKS})
-    rows = measure("step", 32, models, options.threads, False)
+    rows = measure("step", 32, models, options.threads, options.full)
     scored = 2048 if options.full else 256
     rows += measure("score", scored, models, options.threads, options.full)
     report("model", options.threads, measure_roof(options.threads), rows, options.save)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -14,10 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunelm import BlockSparse, ops
 from prunelm.data.files import replace_file
 from prunelm.study.machine import describe, one_line
 
 RESULTS = Path(__file__).parent / "results"
+
+# What chooses instruction sets and threads. MKL heeds its variable on Intel's processors only: on
+# AMD's its float32 products keep to AVX2, and to SSE at M = 1, whatever it says.
+ENVIRONMENT = (
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "PRUNELM_ISA",
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+)
 
 
 def options_of(doc: str, words: Sequence[str] | None, full: str) -> argparse.Namespace:
@@ -87,12 +100,21 @@ class Roof:
 
 
 def measure_roof(threads: int) -> Roof:
-    """torch's own best: a product of 1024 x 1024 matrices, and the sum of 512 x 512 numbers."""
+    """The faster of torch's product of 1024 x 1024 matrices and ours, and torch's sum of 512 x 512
+    numbers."""
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    small = torch.randn(512, 512)
+    weight, small = BlockSparse.from_dense(b, (16, 1024)), torch.randn(512, 512)
     with torch.inference_mode():
-        us = side_by_side({"product": lambda: a @ b, "read": lambda: small.sum()}, threads)
-    return Roof(2 * 1024**3 / us["product"] / 1e3, small.numel() * 4 / us["read"] / 1e3)
+        us = side_by_side(
+            {
+                "torch": lambda: a @ b,
+                "ours": lambda: ops.block_sparse_linear(a, weight),
+                "read": lambda: small.sum(),
+            },
+            threads,
+        )
+    product = min(us["torch"], us["ours"])
+    return Roof(2 * 1024**3 / product / 1e3, small.numel() * 4 / us["read"] / 1e3)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -122,6 +144,10 @@ def report(name: str, threads: int, roof: Roof, rows: Sequence[dict[str, Any]], 
         "machine": one_line(machine),
         "commit": commit(),
         "torch": torch.__version__,
+        "instruction_sets": {
+            name: machine[f"instruction set of {name}"].lower() for name in ("torch", "prunelm")
+        },
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "threads": threads,
         "roof": {"gflops": round(roof.gflops, 1), "gbytes": round(roof.gbytes, 1)},
         "rows": [
@@ -150,10 +176,17 @@ def commit() -> str:
 
 def merge(name: str, found: dict[str, Any]) -> None:
     """Puts one benchmark's results into this device's file, beside what others measured."""
-    machine = describe()
-    device = f"{machine['processor']} {machine['instruction set of torch']}".lower()
-    path = RESULTS / (re.sub(r"[^a-z0-9]+", "-", device).strip("-") + ".json")
+    path = RESULTS / f"{device()}.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     known[name] = found
     with replace_file(path) as temporary:
         temporary.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+
+
+def device() -> str:
+    """The stem of this device's file: the processor and the instruction set, of both where torch
+    and the kernels here differ in it."""
+    machine = describe()
+    theirs, ours = (machine[f"instruction set of {name}"].lower() for name in ("torch", "prunelm"))
+    sets = ours if ours == theirs else f"torch {theirs} prunelm {ours}"
+    return re.sub(r"[^a-z0-9]+", "-", f"{machine['processor']} {sets}".lower()).strip("-")

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from prunelm.benchmarks import goals, readme
+from prunelm.benchmarks import harness, readme
+from prunelm.study.machine import processor_of
 from prunelm.study.results import Results, Row, in_order, save_results
 
 ROOT = Path(__file__).parent.parent
@@ -72,18 +73,31 @@ def test_a_readme_without_the_region_is_refused(elsewhere: Path) -> None:
         readme.main([])
 
 
-def test_goals_are_held_against_the_mean_and_the_worst_shape() -> None:
-    row = {"block": "16x4", "M": 8, "sparsity": 0.75}
-    rows = [{**row, "N": N, "K": K, "speedup": 14.0} for N, K in ((1024, 1024), (2048, 512))]
-    rows[1]["speedup"] = 7.0
-    (line,) = goals.block_sparse([*rows, {**rows[0], "N": 30, "speedup": 0.1}])
-    assert line["reached"] == pytest.approx(98**0.5) and line["worst shape"] == 7.0
-    assert (line["asked"], line["shapes"], line[""]) == (7.0, 2, "yes")
-    rows[1]["speedup"] = 5.5  # the mean still is enough, this shape is not
-    assert goals.block_sparse(rows)[0][""] == "no"
+@pytest.mark.parametrize(
+    ("theirs", "ours", "name"),
+    [
+        pytest.param("AVX2", "avx2", "some-chip-r-9-avx2", id="same"),
+        pytest.param("AVX512", "avx2", "some-chip-r-9-torch-avx512-prunelm-avx2", id="torch-above"),
+        pytest.param("NO AVX", "portable", "some-chip-r-9-torch-no-avx-prunelm-portable", id="old"),
+    ],
+)
+def test_results_say_which_instruction_sets_were_measured(
+    theirs: str, ours: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = {"instruction set of torch": theirs, "instruction set of prunelm": ours}
+    monkeypatch.setattr(harness, "describe", lambda: {"processor": "Some Chip(R) 9", **sets})
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    harness.report("bench", 1, harness.Roof(1.0, 1.0), [{"us": 1.23456}], save=True)
+    found = json.loads((tmp_path / f"{name}.json").read_text())["bench, 1 threads"]
+    assert found["instruction_sets"] == {"torch": theirs.lower(), "prunelm": ours}
+    assert found["environment"]["ATEN_CPU_CAPABILITY"] == "avx2"
+    assert ours in found["machine"] or theirs.lower() == ours
+    assert found["rows"] == [{"us": 1.235}]
 
 
-def test_goals_are_read_off_committed_results(capsys: pytest.CaptureFixture[str]) -> None:
-    goals.main(["amd-epyc-avx2"])
-    shown = capsys.readouterr().out
-    assert "16x4 blocks" in shown and "over two linears" in shown
+def test_a_processor_is_told_from_others_of_its_name() -> None:
+    text = "processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n"
+    assert processor_of(f"{text}\n{text.replace('26', '25')}") == "AMD EPYC family 26 model 2"
+    assert processor_of(text.replace("EPYC", "EPYC 9654")) == "AMD EPYC 9654"
+    assert processor_of("processor: 0\nBogoMIPS: 50\n") == ""

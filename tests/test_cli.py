@@ -265,7 +265,9 @@ def test_bench_hands_its_words_over(
     for name in ("bench_a_linear", "bench_decoding"):
         monkeypatch.delitem(sys.modules, f"prunelm.benchmarks.{name}", raising=False)
     assert main(["bench", "kernels", "--threads", "2"]) == 0
-    assert capsys.readouterr().out == "bench_a_linear ['--threads', '2']\n"
+    said = capsys.readouterr()
+    assert said.out == "bench_a_linear ['--threads', '2']\n"
+    assert said.err == "a_linear: 1 of 1, 0 s so far\n"
     assert main(["bench", "decoding"]) == 0
     assert capsys.readouterr().out == "bench_decoding []\n"
     for name in ("bench_a_linear", "bench_decoding"):
@@ -275,4 +277,4 @@ def test_bench_hands_its_words_over(
 def test_env(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["torch"] == torch.__version__ and found["instruction_set"]
+    assert found["torch"] == torch.__version__ and found["instruction set of prunelm"]

@@ -2,6 +2,8 @@
 
 import importlib
 import pkgutil
+import sys
+import time
 from collections.abc import Sequence
 from json import dumps
 from typing import Any
@@ -22,7 +24,8 @@ def env(json: bool = False) -> None:
         found["extension"] = f"not loaded: {error}"
     else:
         for name, value in _C.build_information().items():
-            found[f"built with {name}" if name != "instruction_set" else name] = value
+            if name != "instruction_set":  # said already
+                found[f"built with {name}"] = value
     for package in ("triton", "sentencepiece", "kaldialign", "kaldi-native-fbank", "jsonargparse"):
         found[package] = version_of(package)
     if json:
@@ -51,5 +54,8 @@ def bench(kind: str, words: Sequence[str]) -> None:
     ]
     if not chosen:
         raise ValueError(f"bench {kind}: expected bench_*.py in prunelm.benchmarks, found none")
-    for name in chosen:
+    begin = time.perf_counter()
+    for i, name in enumerate(chosen):
+        done = f"{i + 1} of {len(chosen)}, {time.perf_counter() - begin:.0f} s so far"
+        print(f"{name.removeprefix('bench_')}: {done}", file=sys.stderr, flush=True)
         importlib.import_module(f"prunelm.benchmarks.{name}").main(list(words))

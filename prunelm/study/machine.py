@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 from pathlib import Path
 
 from prunelm.version import __version__
@@ -20,6 +21,7 @@ def describe() -> dict[str, str]:
         "processor": processor(),
         "cores": f"{usable_cores()} usable, torch uses {torch.get_num_threads()} threads",
         "instruction set of torch": torch.backends.cpu.get_cpu_capability(),
+        "instruction set of prunelm": own_instruction_set(),
         "memory": memory(),
     }
     for i in range(torch.cuda.device_count()):
@@ -31,18 +33,42 @@ def one_line(machine: dict[str, str]) -> str:
     """The part of `describe` that a reader of numbers needs."""
     gpus = [value for name, value in machine.items() if name.startswith("GPU")]
     parts = [machine.get(name, "") for name in ("processor", "cores", "instruction set of torch")]
+    own = machine.get("instruction set of prunelm", "")
+    if own.lower() != parts[-1].lower():
+        parts.append(own and f"prunelm in {own}")
     versions = [f"{name} {machine[name]}" for name in ("prunelm", "torch") if name in machine]
     return ", ".join(part for part in [*parts, *gpus, *versions] if part)
+
+
+def own_instruction_set() -> str:
+    """What this package's kernels use: "avx2", say; "none" where the extension does not load."""
+    try:
+        from prunelm import _C
+    except ImportError:
+        return "none"
+    return str(_C.build_information()["instruction_set"])
 
 
 def processor() -> str:
     """The processor's own name where the system tells it."""
     path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    found = processor_of(path.read_text(errors="replace")) if path.exists() else ""
+    return found or platform.processor() or platform.machine()
+
+
+def processor_of(text: str) -> str:
+    """The name in what /proc/cpuinfo says of the first processor, "" if none.
+
+    Some hypervisors cut a name down to "AMD EPYC", whichever it is; family and model then tell one
+    from another.
+    """
+    first = text.split("\n\n", 1)[0]
+    pairs = (line.partition(":") for line in first.splitlines())
+    found = {name.strip(): value.strip() for name, _, value in pairs}
+    name = found.get("model name", "")
+    if name and not re.search(r"\d", name) and "cpu family" in found and "model" in found:
+        return f"{name} family {found['cpu family']} model {found['model']}"
+    return name
 
 
 def usable_cores() -> int:
