@@ -2,20 +2,41 @@
 
 import copy
 import pickle
+import threading
 from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import prunelm._C
 from prunelm import BlockSparse, ops
 from prunelm.nn import BlockSparseLinear, LowRankLinear, PackedLowRankLinear
-from prunelm.ops import direct
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+ACTIVATIONS = (None, "relu", "gelu", "silu")
 OP = torch.ops.prunelm.block_sparse_linear.default
+
+
+def direct(
+    x: Tensor, w: BlockSparse, bias: Tensor | None = None, activation: str | None = None
+) -> Tensor | None:
+    return prunelm._C.block_sparse_linear(x, w.values, w.crow, w.col, w.shape, bias, activation)
+
+
+def direct_low_rank(
+    x: Tensor,
+    down: BlockSparse,
+    up: BlockSparse,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor | None:
+    factors = [(w.values, w.crow, w.col, w.shape) for w in (down, up)]
+    return prunelm._C.low_rank_linear(x, *factors[0], *factors[1], bias, activation)
 
 
 def weight_of(N: int, K: int, block: tuple[int, int], dtype: torch.dtype) -> BlockSparse:
@@ -34,13 +55,13 @@ def test_the_same_numbers(block: tuple[int, int], dtype: torch.dtype) -> None:
     weight = weight_of(50, 70, block, dtype)
     for shape in ((70,), (1, 70), (3, 33, 70)):
         for bias in (None, torch.randn(50).to(dtype)):
-            for code, name in enumerate((None, "relu", "gelu", "silu")):
+            for code, name in enumerate(ACTIVATIONS):
                 x = torch.randn(shape).to(dtype)
                 with torch.no_grad():
-                    plain = direct.block_sparse_linear(x, weight, bias, code)
+                    plain = direct(x, weight, bias, name)
                     assert plain is not None and not plain.is_inference()
                 with torch.inference_mode():
-                    got = direct.block_sparse_linear(x, weight, bias, code)
+                    got = direct(x, weight, bias, name)
                     assert got is not None and got.is_inference() and torch.equal(got, plain)
                     assert torch.equal(got, through_dispatcher(x, weight, bias, code))
                     assert torch.equal(got, ops.block_sparse_linear(x, weight, bias, name))
@@ -52,7 +73,7 @@ def test_the_same_numbers_from_16_bit_weights(stored: torch.dtype, bias: object)
     weight, x = weight_of(40, 60, (16, 4), stored), torch.randn(5, 60)
     added = torch.randn(40).to(stored if bias == "stored" else torch.float32)
     with torch.inference_mode():
-        got = direct.block_sparse_linear(x, weight, added, 2)
+        got = direct(x, weight, added, "gelu")
         assert got is not None and torch.equal(got, through_dispatcher(x, weight, added, 2))
 
 
@@ -62,7 +83,7 @@ def test_the_same_numbers_from_factors_in_blocks() -> None:
         packed, x = PackedLowRankLinear(low), torch.randn(9, 70).to(dtype)
         want = packed(x)
         with torch.inference_mode():
-            got = direct.low_rank_linear(x, packed.down, packed.up, packed.bias, 2)
+            got = direct_low_rank(x, packed.down, packed.up, packed.bias, "gelu")
             assert got is not None and torch.equal(got, want) and torch.equal(packed(x), want)
 
 
@@ -86,7 +107,7 @@ def test_whoever_listens_gets_the_op(context) -> None:
     weight, x = weight_of(40, 60, (16, 4), torch.float32), torch.randn(5, 60)
     without = nullcontext() if context is nullcontext else torch.no_grad()
     with without, context():
-        assert direct.block_sparse_linear(x, weight, None, 0) is None
+        assert direct(x, weight) is None
         got = ops.block_sparse_linear(x, weight)
     want = through_dispatcher(x, weight, None, 0)
     if got.dtype == torch.bfloat16:
@@ -100,7 +121,7 @@ def test_transforms_and_tracing_get_the_op() -> None:
     seen: list[bool] = []
 
     def run(rows: Tensor) -> Tensor:
-        seen.append(direct.block_sparse_linear(rows, weight, None, 0) is None)
+        seen.append(direct(rows, weight) is None)
         return through_dispatcher(rows, weight, None, 0)
 
     with torch.inference_mode():
@@ -108,14 +129,14 @@ def test_transforms_and_tracing_get_the_op() -> None:
         torch.jit.trace(run, x, check_trace=False)
 
         def noted(rows: Tensor) -> Tensor:
-            seen.append(direct.block_sparse_linear(rows, weight, None, 0) is None)
+            seen.append(direct(rows, weight) is None)
             return rows
 
         torch.vmap(noted)(x[:, None])
 
         def weighed(values: Tensor) -> Tensor:
             other = BlockSparse(values, weight.crow, weight.col, weight.shape)
-            seen.append(direct.block_sparse_linear(x, other, None, 0) is None)
+            seen.append(direct(x, other) is None)
             return values
 
         torch.vmap(weighed)(torch.stack([weight.values, weight.values]))
@@ -134,9 +155,9 @@ def test_other_layouts_go_through_the_op_and_are_right(change) -> None:
     weight, x = weight_of(40, 60, (16, 4), torch.float32), torch.randn(5, 60)
     other = change(weight)
     with torch.inference_mode():
-        assert direct.block_sparse_linear(x, other, None, 0) is None
+        assert direct(x, other) is None
         strided = torch.randn(60, 5).T
-        assert direct.block_sparse_linear(strided, weight, None, 0) is None
+        assert direct(strided, weight) is None
         assert torch.equal(
             ops.block_sparse_linear(strided, weight),
             ops.block_sparse_linear(strided.contiguous(), weight),
@@ -156,7 +177,7 @@ def test_other_layouts_go_through_the_op_and_are_right(change) -> None:
 def test_rows_whose_memory_says_something_else_go_through_the_op(x: Tensor) -> None:
     weight = weight_of(40, 60, (16, 4), torch.float32)
     with torch.inference_mode():
-        assert direct.block_sparse_linear(x, weight, None, 0) is None
+        assert direct(x, weight) is None
         want = ops.block_sparse_linear(x.clone(), weight)
         assert torch.equal(ops.block_sparse_linear(x, weight), want)
 
