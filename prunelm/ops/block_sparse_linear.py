@@ -48,7 +48,8 @@ def block_sparse_linear(
             that is named never falls back.
 
     Returns:
-        [..., N], x's dtype; under autocast, autocast's.
+        [..., N], x's dtype; under autocast, autocast's. Its memory need not be torch's own: it can
+        be written to, but not resized in place.
 
     Raises:
         ValueError: activation or backend is unknown, the backend cannot run, or x does not have K
