@@ -233,19 +233,24 @@ def test_other_weights_go_through_the_op_and_are_right(kind: str) -> None:
         lambda w: _with(w, crow=w.crow[None]),
         lambda w: _with(w, col=w.col[:-1]),
         lambda w: _with(w, values=w.values[0]),
+        lambda w: _with(w, values=w.values[..., None]),
         lambda w: _with(w, values=w.values.int()),
         lambda w: _with(w, values=None),
         lambda w: _with(w, values=w.values[:, :, :0]),
         lambda w: _with(w, values=w.values[:, :0]),
+        lambda w: _with(w, values=w.values[:0, :, :0], crow=0 * w.crow, col=w.col[:0]),
+        lambda w: _with(w, values=w.values[:0, :0], crow=0 * w.crow, col=w.col[:0]),
         lambda w: _with(w, shape=(40,)),
         lambda w: _with(w, shape=(40.0, 60)),
         lambda w: _with(w, shape=(40, 60.0)),
+        lambda w: _with(w, shape=(torch.tensor(40), 60)),
         lambda w: _with(w, shape=(-1, 60)),
         lambda w: _with(w, shape=(40, 56)),
         lambda w: _with(w, shape=(2**64, 60)),
+        lambda w: _with(w, shape=(2**63 - 1, 60)),
         lambda w: _with(w, crow=w.crow.to("meta")),
     ],
-    ids=range(20),
+    ids=range(25),
 )
 def test_no_such_weight_is_read(change) -> None:
     weight, x = weight_of(), torch.randn(5, 60)
@@ -253,6 +258,28 @@ def test_no_such_weight_is_read(change) -> None:
     with torch.inference_mode():
         assert direct(x, change(weight)) is None
         assert direct_low_rank(x, change(weight), packed.up) is None
+
+
+def test_indices_that_only_look_right_are_not_read() -> None:
+    x, one = torch.randn(5, 4), torch.randn(16, 4)
+    single = BlockSparse.from_dense(one, (16, 4))
+    none = BlockSparse.from_dense(0 * one, (16, 4))
+    with torch.inference_mode():
+        assert direct(x, single) is not None and direct(x, none) is not None
+        assert direct(x, _with(single, col=single.col[None])) is None
+        assert direct(x, _with(single, col=single.col.long())) is None
+        assert direct(x, _with(none, crow=none.crow.long())) is None
+
+
+@pytest.mark.gpu
+def test_memory_of_a_gpu_is_not_read() -> None:
+    weight, x = weight_of(), torch.randn(5, 60)
+    packed = PackedLowRankLinear(LowRankLinear(60, 40, 8)).cuda()
+    there = BlockSparse(weight.values.cuda(), weight.crow.cuda(), weight.col.cuda(), weight.shape)
+    with torch.inference_mode():
+        assert direct(x.cuda(), there) is None and direct(x.cuda(), weight) is None
+        assert direct(x, there) is None and direct(x, weight, torch.randn(40).cuda()) is None
+        assert direct_low_rank(x.cuda(), packed.down, packed.up) is None
 
 
 def test_sizes_that_overflow_and_empty_ones_go_through_the_op() -> None:

@@ -81,10 +81,9 @@ bool is_index(const dlpack::Tensor& tensor, int64_t size) {
 }
 
 bool size_of(PyObject* given, int64_t& size) {
-  if (!PyLong_CheckExact(given)) return false;
-  int overflow = 0;
-  size = PyLong_AsLongLongAndOverflow(given, &overflow);
-  return !overflow && 0 <= size && size <= INT32_MAX;
+  if (!PyLong_CheckExact(given)) return false;  // others may run Python to answer
+  size = PyLong_AsLongLong(given);              // -1 if it does not fit
+  return 0 <= size && size <= INT32_MAX;
 }
 
 bool activation_of(PyObject* given, Activation& activation) {
@@ -134,9 +133,9 @@ bool DirectWeight::read(PyObject* const* given) {
           K,
           bn,
           bk};
-  const bool bn_fastest = (bn == 1 || values.strides[1] == 1) &&
-                          (bk == 1 || values.strides[2] == bn) &&
-                          (nnz <= 1 || values.strides[0] == bn * bk);
+  const bool bn_fastest =
+      nnz == 0 || ((bn == 1 || values.strides[1] == 1) && (bk == 1 || values.strides[2] == bn) &&
+                   (nnz == 1 || values.strides[0] == bn * bk));
   return bn_fastest && is_index(crow, view.block_rows() + 1) && is_index(col, nnz);
 }
 
