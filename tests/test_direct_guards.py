@@ -271,6 +271,16 @@ def test_indices_that_only_look_right_are_not_read() -> None:
         assert direct(x, _with(none, crow=none.crow.long())) is None
 
 
+def test_a_single_block_is_read_only_where_bn_is_fastest() -> None:
+    single = BlockSparse.from_dense(torch.randn(16, 4), (16, 4))
+    column = BlockSparse.from_dense(torch.randn(16, 1), (16, 1))
+    columns_apart = _spread(single.values[0].T).T[None]
+    outputs_apart = _spread(column.values[0])[None]
+    with torch.inference_mode():
+        assert direct(torch.randn(5, 4), _with(single, values=columns_apart)) is None
+        assert direct(torch.randn(5, 1), _with(column, values=outputs_apart)) is None
+
+
 @pytest.mark.gpu
 def test_memory_of_a_gpu_is_not_read() -> None:
     weight, x = weight_of(), torch.randn(5, 60)
@@ -293,7 +303,7 @@ def test_sizes_that_overflow_and_empty_ones_go_through_the_op() -> None:
     with torch.inference_mode():
         assert direct(x, weight) is None  # 2^31 numbers
         assert direct(x, huge) is None and direct(x, wide) is None
-        assert direct(x[:, :0], no_columns) is None
+        assert direct(x[:, :0], no_columns) is None and direct(x[:1, :0], no_columns) is None
         assert direct(x, no_rows) is None
         assert ops.block_sparse_linear(x[:, :0], no_columns).count_nonzero() == 0
         assert ops.block_sparse_linear(x, no_rows).shape == (2**11, 0)
