@@ -27,9 +27,11 @@ def direct(x: Tensor, w: BlockSparse, bias: Tensor | None = None) -> Tensor | No
     return prunelm._C.block_sparse_linear(x, w.values, w.crow, w.col, w.shape, bias, None)
 
 
-def direct_low_rank(x: Tensor, down: BlockSparse, up: BlockSparse) -> Tensor | None:
+def direct_low_rank(
+    x: Tensor, down: BlockSparse, up: BlockSparse, bias: Tensor | None = None
+) -> Tensor | None:
     factors = [(w.values, w.crow, w.col, w.shape) for w in (down, up)]
-    return prunelm._C.low_rank_linear(x, *factors[0], *factors[1], None, None)
+    return prunelm._C.low_rank_linear(x, *factors[0], *factors[1], bias, None)
 
 
 def through_dispatcher(x: Tensor, w: BlockSparse) -> Tensor:
@@ -312,9 +314,11 @@ def test_sizes_that_overflow_and_empty_ones_go_through_the_op() -> None:
 @pytest.mark.parametrize("change", [_neg, lambda b: b.as_subclass(Special)], ids=["neg", "sub"])
 def test_other_biases_go_through_the_op_and_are_right(change) -> None:
     weight, x, plain = weight_of(), torch.randn(5, 60), torch.randn(40)
+    packed = PackedLowRankLinear(LowRankLinear(60, 40, 8))
     with torch.inference_mode():
         bias = change(plain)
         assert direct(x, weight, bias) is None
+        assert direct_low_rank(x, packed.down, packed.up, bias) is None
         got = torch.Tensor(ops.block_sparse_linear(x, weight, bias))
         assert torch.equal(got, ops.block_sparse_linear(x, weight, plain))
 
@@ -327,7 +331,7 @@ def test_other_biases_go_through_the_op_and_are_right(change) -> None:
         (torch.randn(5, 60), torch.randn(41), "bias: expected size 40 in dimension 0"),
         (torch.randn(5, 60), torch.randn(1, 40), "bias: expected 1 dimensions"),
         (torch.randn(5, 60), torch.randn(40).half(), "bias: expected x's Float"),
-        (torch.randn(5, 60), torch.ones(40).long(), "bias: expected x's Float"),
+        (torch.randn(5, 60), torch.ones(40).int(), "bias: expected x's Float"),
         (torch.randn(5, 60), _spread(torch.randn(40)), "bias: expected a contiguous"),
         (torch.randn(5, 60), torch._efficientzerotensor(40), "bias: expected a contiguous"),
     ],
