@@ -25,6 +25,7 @@ def calls(mode: str) -> list[dict[str, Any]]:
     weight = BlockSparse.from_dense(dense, (16, 16))
     block, linear = BlockSparseLinear(weight, bias), nn.Linear(16, 16)
     packed = PackedLowRankLinear(LowRankLinear(16, 16, 16))
+    down, up = packed.down, packed.up
     empty = torch.ops.prunelm.block_sparse_linear_empty.default
     tensors = (weight.values, weight.crow, weight.col, bias)
     with torch.inference_mode() if mode == "inference_mode" else torch.no_grad():
@@ -33,7 +34,7 @@ def calls(mode: str) -> list[dict[str, Any]]:
                 "empty C++ op": lambda: empty(x, *tensors, 16, 0),
                 "F.linear": lambda: F.linear(x, dense, bias),
                 "block_sparse_linear": lambda: ops.block_sparse_linear(x, weight, bias),
-                "low_rank_linear": lambda: ops.low_rank_linear(x, packed.down, packed.up, bias),
+                "low_rank_linear": lambda: ops.low_rank_linear(x, down, up, bias),
                 "nn.Linear": lambda: linear(x),
                 "BlockSparseLinear": lambda: block(x),
                 "PackedLowRankLinear": lambda: packed(x),

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/direct.h"
 #include "cpu/instruction_set.h"
 
 namespace py = pybind11;
@@ -47,6 +48,7 @@ void bind_low_rank_linear(py::module_& m);
 
 PYBIND11_MODULE(_C, m) {
   prunelm::bind_prefix_tree(m);
+  prunelm::look_up_torch();
   prunelm::bind_block_sparse_linear(m);
   prunelm::bind_low_rank_linear(m);
   m.def("build_information", [] {

@@ -1,22 +1,38 @@
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 _Ints = NDArray[np.int64]
 _Floats = NDArray[np.float64]
 _Rows = tuple[_Ints, _Ints, _Ints, _Ints]
 
 def build_information() -> dict[str, object]: ...
+
+# Without torch's dispatcher; None where a call must go through it: see csrc/cpu/direct.h.
 def block_sparse_linear(
-    x: int, x_number: int, rows: int, values: int, crow: int, col: int,
-    number: int, nnz: int, N: int, K: int, bn: int, bk: int,
-    bias: int, bias_number: int, activation: int, y: int, /,
-) -> None: ...  # fmt: skip
+    x: Tensor,
+    values: Tensor | None,
+    crow: Tensor | None,
+    col: Tensor | None,
+    shape: tuple[int, int],
+    bias: Tensor | None,
+    activation: str | None,
+    /,
+) -> Tensor | None: ...
 def low_rank_linear(
-    x: int, x_number: int, rows: int, down_values: int, down_crow: int, down_col: int,
-    number: int, down_nnz: int, R: int, K: int, down_bn: int, down_bk: int,
-    up_values: int, up_crow: int, up_col: int, up_nnz: int, N: int, up_bn: int, up_bk: int,
-    bias: int, bias_number: int, activation: int, y: int, /,
-) -> None: ...  # fmt: skip
+    x: Tensor,
+    down_values: Tensor | None,
+    down_crow: Tensor | None,
+    down_col: Tensor | None,
+    down_shape: tuple[int, int],
+    up_values: Tensor | None,
+    up_crow: Tensor | None,
+    up_col: Tensor | None,
+    up_shape: tuple[int, int],
+    bias: Tensor | None,
+    activation: str | None,
+    /,
+) -> Tensor | None: ...
 
 class PrefixTree:
     def __init__(

@@ -2,11 +2,13 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
+import prunelm._C
 from prunelm import ops
 from prunelm.ops.activation import activation_code
 from prunelm.ops.break_even import block_sparse_us, dense_us, low_rank_blocks_us
@@ -110,13 +112,23 @@ class BlockSparseLinear(nn.Module):
     @property
     def weight(self) -> BlockSparse:
         """A view on the module's tensors."""
-        # Past nn.Module's own look-up, which takes as long as the smallest products.
-        values, own = cast(Tensor, self._parameters["values"]), self._buffers
-        tensors = (values, cast(Tensor, own["crow"]), cast(Tensor, own["col"]))
-        return _view(self, "weight", tensors, (self.out_features, self.in_features))
+        shape = (self.out_features, self.in_features)
+        return BlockSparse(self.values, self.crow, self.col, shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
+        if not is_compiling():
+            # Past nn.Module's look-up of names, which takes as long as the smallest products.
+            own, buffers = self._parameters, self._buffers
+            try:
+                y = prunelm._C.block_sparse_linear(
+                    x, own["values"], buffers["crow"], buffers["col"],
+                    (self.out_features, self.in_features), own["bias"], self.activation,
+                )  # fmt: skip
+            except KeyError:  # a parametrization has its own way to them
+                y = None
+            if y is not None:
+                return y
         return ops.block_sparse_linear(x, self.weight, self.bias, self.activation)
 
     def _load_from_state_dict(
@@ -152,6 +164,12 @@ class PackedLowRankLinear(nn.Module):
         bias: [N] or None.
     """
 
+    down_values: Tensor
+    down_crow: Tensor
+    down_col: Tensor
+    up_values: Tensor
+    up_crow: Tensor
+    up_col: Tensor
     bias: Tensor | None
 
     def __init__(self, linear: LowRankLinear) -> None:
@@ -170,19 +188,29 @@ class PackedLowRankLinear(nn.Module):
     @property
     def down(self) -> BlockSparse:
         """[R, K]."""
-        own = cast(dict[str, Tensor], self._buffers)
-        tensors = (own["down_values"], own["down_crow"], own["down_col"])
-        return _view(self, "down", tensors, (self.rank, self.in_features))
+        shape = (self.rank, self.in_features)
+        return BlockSparse(self.down_values, self.down_crow, self.down_col, shape)
 
     @property
     def up(self) -> BlockSparse:
         """[N, R]."""
-        own = cast(dict[str, Tensor], self._buffers)
-        tensors = (own["up_values"], own["up_crow"], own["up_col"])
-        return _view(self, "up", tensors, (self.out_features, self.rank))
+        shape = (self.out_features, self.rank)
+        return BlockSparse(self.up_values, self.up_crow, self.up_col, shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
+        if not is_compiling():
+            own, K, R, N = self._buffers, self.in_features, self.rank, self.out_features
+            try:
+                y = prunelm._C.low_rank_linear(
+                    x, own["down_values"], own["down_crow"], own["down_col"], (R, K),
+                    own["up_values"], own["up_crow"], own["up_col"], (N, R),
+                    own["bias"], self.activation,
+                )  # fmt: skip
+            except KeyError:
+                y = None
+            if y is not None:
+                return y
         return ops.low_rank_linear(x, self.down, self.up, self.bias, self.activation)
 
     def extra_repr(self) -> str:
@@ -191,25 +219,6 @@ class PackedLowRankLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"rank={self.rank}, bias={self.bias is not None}"
         )
-
-
-def _view(
-    module: nn.Module, name: str, tensors: tuple[Tensor, Tensor, Tensor], shape: tuple[int, int]
-) -> BlockSparse:
-    """The tensors as a weight: the one of the last call, while the module holds the same tensors.
-
-    What the ops have read off a weight once stays with it.
-    """
-    if torch.compiler.is_compiling():
-        return BlockSparse(*tensors, shape)
-    kept: BlockSparse | None = module.__dict__.get(f"_{name}_view")
-    if kept is not None:
-        values, crow, col = tensors
-        if kept.values is values and kept.crow is crow and kept.col is col:
-            return kept
-    made = BlockSparse(*tensors, shape)
-    module.__dict__[f"_{name}_view"] = made
-    return made
 
 
 # Blocks that `accelerate` looks for. The kernels read 16 outputs at a time, so that lower blocks

@@ -46,16 +46,24 @@ Tensor block_sparse_linear_empty_cpu(const Tensor& x, const Tensor&, const Tenso
   return torch::stable::new_empty(x, result_shape(x, out_features));
 }
 
-void block_sparse_linear_direct(Address x, int x_number, int64_t M, Address values, Address crow,
-                                Address col, int number, int64_t nnz, int64_t N, int64_t K,
-                                int64_t bn, int64_t bk, Address bias, int bias_number,
-                                int64_t activation, Address y) {
-  const BlockSparseView weight = direct_view(values, crow, col, number, N, K, bn, bk);
-  check_pattern(weight, nnz);
-  const OthersRun others(double(nnz) * double(bn * bk * M));
-  forward(weight, {pointer(x), Number(x_number), M, K, K},
-          {pointer(y), Number(x_number), M, N, pointer(bias), Number(bias_number),
-           Activation(activation)});
+// x, values, crow, col, (N, K), bias, activation.
+PyObject* block_sparse_linear_direct(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return direct(7, count, [&]() -> PyObject* {
+    DirectWeight weight;
+    DirectRows x;
+    DirectResult y;
+    const BlockSparseView& w = weight.view;
+    if (!unwatched({given[0], given[1], given[5]}) || !weight.read(given + 1) ||
+        !x.read(given[0], w.K, w.number) || !y.prepare(x, w.N, w.number, given[5], given[6])) {
+      return nullptr;
+    }
+    check_pattern(w, weight.nnz);
+    {
+      const OthersRun others(double(weight.nnz) * double(w.bn * w.bk) * double(x.view.rows));
+      forward(w, x.view, y.view());
+    }
+    return std::move(y).tensor();
+  });
 }
 
 // The weight turned over, in memory of its own: O(its numbers), little beside the product that it
@@ -191,7 +199,7 @@ Tensor block_sparse_linear_grad_values_cpu(const Tensor& grad_given, const Tenso
 }  // namespace
 
 void bind_block_sparse_linear(pybind11::module_& m) {
-  m.def("block_sparse_linear", &block_sparse_linear_direct);
+  bind_direct(m, "block_sparse_linear", &block_sparse_linear_direct);
 }
 
 }  // namespace prunelm

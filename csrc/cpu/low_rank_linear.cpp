@@ -99,28 +99,34 @@ Tensor low_rank_linear_blocks_cpu(const Tensor& x_given, const Tensor& down_valu
   return y;
 }
 
-void low_rank_linear_direct(Address x, int x_number, int64_t M, Address down_values,
-                            Address down_crow, Address down_col, int number, int64_t down_nnz,
-                            int64_t R, int64_t K, int64_t down_bn, int64_t down_bk,
-                            Address up_values, Address up_crow, Address up_col, int64_t up_nnz,
-                            int64_t N, int64_t up_bn, int64_t up_bk, Address bias, int bias_number,
-                            int64_t activation, Address y) {
-  const BlockSparseView down =
-      direct_view(down_values, down_crow, down_col, number, R, K, down_bn, down_bk);
-  const BlockSparseView up = direct_view(up_values, up_crow, up_col, number, N, R, up_bn, up_bk);
-  check_pattern(down, down_nnz);
-  check_pattern(up, up_nnz);
-  const double stored = double(down_nnz * down_bn * down_bk) + double(up_nnz * up_bn * up_bk);
-  const OthersRun others(stored * double(M));
-  forward(down, up, {pointer(x), Number(x_number), M, K, K},
-          {pointer(y), Number(x_number), M, N, pointer(bias), Number(bias_number),
-           Activation(activation)});
+// x, then values, crow, col and (N, K) of down and of up, bias, activation.
+PyObject* low_rank_linear_direct(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return direct(11, count, [&]() -> PyObject* {
+    DirectWeight down, up;
+    DirectRows x;
+    DirectResult y;
+    if (!unwatched({given[0], given[1], given[5], given[9]}) || !down.read(given + 1) ||
+        !up.read(given + 5) || up.view.number != down.view.number || up.view.K != down.view.N ||
+        !x.read(given[0], down.view.K, down.view.number) ||
+        !y.prepare(x, up.view.N, up.view.number, given[9], given[10])) {
+      return nullptr;
+    }
+    check_pattern(down.view, down.nnz);
+    check_pattern(up.view, up.nnz);
+    const double stored = double(down.nnz) * double(down.view.bn * down.view.bk) +
+                          double(up.nnz) * double(up.view.bn * up.view.bk);
+    {
+      const OthersRun others(stored * double(x.view.rows));
+      forward(down.view, up.view, x.view, y.view());
+    }
+    return std::move(y).tensor();
+  });
 }
 
 }  // namespace
 
 void bind_low_rank_linear(pybind11::module_& m) {
-  m.def("low_rank_linear", &low_rank_linear_direct);
+  bind_direct(m, "low_rank_linear", &low_rank_linear_direct);
 }
 
 }  // namespace prunelm

@@ -6,11 +6,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from prunelm.ops import (
-    _library,  # noqa: F401  (loads the extension)
-    direct,
-)
+import prunelm._C
+from prunelm.ops import _library  # noqa: F401  (loads the extension)
 from prunelm.ops.activation import (
     ACTIVATIONS,
     activate,
@@ -21,6 +20,7 @@ from prunelm.ops.backend import autocast, choose
 from prunelm.sparse import BlockSparse
 
 _OP = torch.ops.prunelm.block_sparse_linear.default  # an overload found once saves a look-up
+_direct = prunelm._C.block_sparse_linear
 
 
 def block_sparse_linear(
@@ -48,19 +48,19 @@ def block_sparse_linear(
             that is named never falls back.
 
     Returns:
-        [..., N], x's dtype; under autocast, autocast's.
+        [..., N], x's dtype; under autocast, autocast's. Its memory need not be torch's own: it can
+        be written to, but not resized in place.
 
     Raises:
         ValueError: activation or backend is unknown, the backend cannot run, or x does not have K
             columns.
         RuntimeError: a tensor is not as above; it says which one and what was expected.
     """
-    code = activation_code(activation)
-    if backend is None:
-        at_once = direct.block_sparse_linear(x, weight, bias, code)
-        if at_once is not None:
-            return at_once
-    K = weight.shape[1]
+    if backend is None and not is_compiling():
+        y = _direct(x, weight.values, weight.crow, weight.col, weight.shape, bias, activation)
+        if y is not None:
+            return y
+    code, K = activation_code(activation), weight.shape[1]
     if x.dim() < 1 or x.shape[-1] != K:
         raise ValueError(f"x: expected [..., {K}], got {list(x.shape)}")
     values, device = weight.values, x.device.type

@@ -6,11 +6,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from prunelm.ops import (
-    _library,  # noqa: F401  (loads the extension)
-    direct,
-)
+import prunelm._C
+from prunelm.ops import _library  # noqa: F401  (loads the extension)
 from prunelm.ops.activation import (
     ACTIVATIONS,
     activate,
@@ -23,6 +22,7 @@ from prunelm.sparse import BlockSparse
 
 _OP = torch.ops.prunelm.low_rank_linear.default  # an overload found once saves a look-up
 _OP_BLOCKS = torch.ops.prunelm.low_rank_linear_blocks.default
+_direct = prunelm._C.low_rank_linear
 
 
 def low_rank_linear(
@@ -59,16 +59,18 @@ def low_rank_linear(
             in blocks.
         RuntimeError: a tensor is not as above; it says which one and what was expected.
     """
-    code = activation_code(activation)
+    if isinstance(down, BlockSparse) and isinstance(up, BlockSparse):
+        if backend is None and not is_compiling():
+            y = _direct(
+                x, down.values, down.crow, down.col, down.shape,
+                up.values, up.crow, up.col, up.shape, bias, activation,
+            )  # fmt: skip
+            if y is not None:
+                return y
+        return _through_blocks(x, down, up, bias, activation_code(activation), backend)
     if isinstance(down, BlockSparse) or isinstance(up, BlockSparse):
-        if not (isinstance(down, BlockSparse) and isinstance(up, BlockSparse)):
-            raise ValueError("down, up: expected both in blocks or none, got one")
-        if backend is None:
-            at_once = direct.low_rank_linear(x, down, up, bias, code)
-            if at_once is not None:
-                return at_once
-        return _through_blocks(x, down, up, bias, code, backend)
-    thin, wide, device = down, up, x.device.type
+        raise ValueError("down, up: expected both in blocks or none, got one")
+    code, thin, wide, device = activation_code(activation), down, up, x.device.type
     if torch.is_autocast_enabled(device):
         x, thin, wide, bias = autocast(x, thin, wide, bias)
     chosen = choose("low_rank_linear", device, x, {"down": thin, "up": wide}, backend)
