@@ -135,6 +135,29 @@ def test_infinity_meets_stored_blocks_only() -> None:
     assert ops.block_sparse_linear(x, weight)[0, 2:].tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("activation", list(FUNCTIONS), ids=str)
+def test_activations_far_from_zero_and_of_what_is_no_number(activation, dtype) -> None:
+    """As torch's in float64: to 1e-6 of the number itself, or of 1 where the result is small."""
+    edges = [0.0, 1e-40, 1e-30, 1e-4, 0.99999, 1.0, 1.00001, 3.99, 4.0, 4.01, 6.0, 20.0, 86.9]
+    edges += [87.0, 87.1, 88.0, 89.0, 104.0, 1e4, 1e30, 3e38, torch.inf]
+    x = torch.tensor([*edges, *(-e for e in edges), torch.nan], dtype=dtype)
+    x = torch.cat([x, torch.linspace(-12, 12, 1001, dtype=dtype)])[:, None]
+    weight = BlockSparse.from_dense(torch.ones(16, 1, dtype=dtype), (16, 1))
+    with torch.inference_mode():
+        y = ops.block_sparse_linear(x, weight, activation=activation).double()
+    wanted = FUNCTIONS[activation](x.double())
+    # Of -inf torch makes NaN; the functions go to 0.
+    if activation in ("gelu", "silu"):
+        wanted[x == -torch.inf] = 0
+    assert (y == y[:, :1]).logical_or(y.isnan()).all()
+    assert torch.equal(y[:, :1].isnan(), x.isnan())
+    numbers = wanted.isfinite()
+    assert torch.equal(y[:, :1][~x.isnan() & ~numbers], wanted[~x.isnan() & ~numbers])
+    error = (y[:, :1] - wanted)[numbers].abs()
+    assert (error <= 1e-6 * wanted[numbers].abs().clamp(min=1.0)).all()
+
+
 @pytest.mark.parametrize("activation", list(FUNCTIONS), ids=str)
 @pytest.mark.parametrize(
     ("N", "K", "block"), [(18, 21, (16, 4)), (9, 7, (2, 3)), (5, 6, (1, 1))], ids=str
