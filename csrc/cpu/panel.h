@@ -39,12 +39,24 @@ struct Sums {
     V wide[kParts];
 #pragma GCC unroll 4
     for (int p = 0; p < kParts; ++p) wide[p] = load<V>(b + p * kLanes);
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
-      const V x = broadcast<V>(widen(a[i]));
+    const auto add_row = [&](int i, V x) __attribute__((always_inline)) {
 #pragma GCC unroll 4
       for (int p = 0; p < kParts; ++p) part[i][p] = fused(x, wide[p], part[i][p]);
+    };
+    int first = 0;
+#if defined(__AVX2__)
+    // Loads are what takes longest: four rows come in one.
+    if constexpr (__is_same(A, float) && R >= 4) {
+      const V four = load_four<V>(a);
+      add_row(0, splat<0>(four));
+      add_row(1, splat<1>(four));
+      add_row(2, splat<2>(four));
+      add_row(3, splat<3>(four));
+      first = 4;
     }
+#endif
+#pragma GCC unroll 8
+    for (int i = first; i < R; ++i) add_row(i, broadcast<V>(widen(a[i])));
   }
 
   // sums[i][:] += from[i * row + 0:16]
