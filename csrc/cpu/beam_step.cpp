@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/linear.h"
 
 namespace prunelm {
 namespace {
@@ -25,17 +26,22 @@ const BeamLoops<T>& loops() {
 
 struct Term {
   const void* rows;
-  ScalarType dtype;
+  Number number;
   const int64_t* row;
   const void* weight;
 };
 
 struct Options {
-  int64_t blank;
-  std::vector<int64_t> silent;
+  std::vector<int64_t> silent;  // blank first
   double temperature, blank_penalty;
   Prune prune;
   bool weigh_blank;
+
+  int64_t blank() const { return silent[0]; }
+  // Lists of silent tokens are short.
+  bool is_silent(int64_t v) const {
+    return std::find(silent.begin(), silent.end(), v) != silent.end();
+  }
 };
 
 template <typename S>
@@ -53,8 +59,10 @@ struct Candidate {
 template <typename S>
 class Best {
  public:
-  explicit Best(int64_t size) : kept_(size) {}
-  void clear() { count_ = 0; }
+  void clear(int64_t size) {
+    kept_.resize(size);
+    count_ = 0;
+  }
   bool full() const { return count_ == int64_t(kept_.size()); }
   S worst() const { return full() ? kept_[count_ - 1].total : -std::numeric_limits<S>::infinity(); }
   Candidate<S>* begin() { return kept_.data(); }
@@ -76,28 +84,44 @@ class Best {
 };
 
 template <typename T>
-void convert(const void* from, ScalarType dtype, int64_t offset, int64_t count, T* to) {
+void convert(const void* from, Number number, int64_t offset, int64_t count, T* to) {
   const auto copy = [&](const auto* source) {
     for (int64_t v = 0; v < count; ++v) to[v] = T(source[offset + v]);
   };
-  switch (dtype) {
-    case ScalarType::Float:
+  switch (number) {
+    case Number::f32:
       return copy(static_cast<const float*>(from));
-    case ScalarType::Double:
+    case Number::f64:
       return copy(static_cast<const double*>(from));
-    case ScalarType::Half:
+    case Number::f16:
       return copy(static_cast<const torch::headeronly::Half*>(from));
-    default:
+    case Number::bf16:
       return copy(static_cast<const torch::headeronly::BFloat16*>(from));
   }
 }
+
+template <typename T>
+struct Normaliser {
+  T high, log_sum;
+};
+
+// What a thread keeps between calls: asking for it anew takes as long as a short row.
+template <typename T, typename S>
+struct Workspace {
+  Best<S> best, own;
+  std::vector<T> scaled, increment, tops, row;
+  std::vector<S> weight;
+  std::vector<Normaliser<T>> normaliser;
+  std::vector<int64_t> order, found;
+};
 
 // The search of one utterance. T is the logits' type, S the scores'.
 template <typename T, typename S>
 class Step {
  public:
   Step(const BeamShape& shape, const Options& options, const std::vector<Term>& terms,
-       const T* logits, const S* score, const int64_t* slot, const S* reward)
+       const T* logits, const S* score, const int64_t* slot, const S* reward,
+       Workspace<T, S>& workspace)
       : shape_(shape),
         options_(options),
         terms_(terms),
@@ -106,77 +130,95 @@ class Step {
         slot_(slot),
         reward_(reward),
         loops_(loops<T>()),
-        best_(shape.W),
-        own_(std::min(shape.W, shape.V)),
-        silent_(shape.V, false),
-        scaled_(shape.V),
-        log_prob_(shape.V),
-        increment_(shape.V),
-        row_(shape.V),
-        weight_(terms.size()) {
-    for (const int64_t token : options.silent) silent_[token] = true;
+        work_(workspace),
+        row_length_(std::max(shape.V, kLeastRow)),
+        copies_(options.temperature != 1.0 || options.blank_penalty != 0.0 || shape.V < kLeastRow) {
+    const auto size = [&](auto& row, int64_t length, T rest) {
+      row.resize(length);
+      std::fill(row.begin() + shape.V, row.end(), rest);
+    };
+    size(work_.scaled, row_length_, kNone);
+    size(work_.row, row_length_, 0);
+    size(work_.increment, row_length_ + kIncrementPadding, kNone);
+    work_.tops.resize(tops_size(row_length_));
+    work_.found.resize(row_length_ + kLeastRow);
+    work_.weight.resize(terms.size());
+    work_.normaliser.resize(shape.W);
+    work_.order.resize(shape.W);
   }
 
   void run(int64_t b, S* score, int64_t* parent, int64_t* token, S* parts, bool* bad) {
     b_ = b;
     bad_ = false;
-    best_.clear();
+    work_.best.clear(shape_.W);
     for (size_t i = 0; i < terms_.size(); ++i)
-      weight_[i] = static_cast<const S*>(terms_[i].weight)[b];
-    normaliser_.assign(shape_.W, {0, 0});
-    for (int64_t w = 0; w < shape_.W; ++w) expand(w);
+      work_.weight[i] = static_cast<const S*>(terms_[i].weight)[b];
+    // The best hypotheses first: after them few candidates are worth a look. The order shows in
+    // nothing else.
+    for (int64_t w = 0; w < shape_.W; ++w) {
+      int64_t i = w;
+      for (; i > 0 && old_score(w) > old_score(work_.order[i - 1]); --i)
+        work_.order[i] = work_.order[i - 1];
+      work_.order[i] = w;
+    }
+    for (const int64_t w : work_.order) expand(w);
     write(score, parent, token, parts);
     *bad = bad_;
   }
 
  private:
+  static constexpr T kNone = -std::numeric_limits<T>::infinity();
+
   S old_score(int64_t w) const { return score_[b_ * shape_.W + w]; }
   int64_t slot(int64_t w) const { return slot_ ? slot_[b_ * shape_.W + w] : 0; }
   const T* logits(int64_t w) const { return logits_ + (b_ * shape_.W + w) * shape_.V; }
 
-  // Logits with penalty and temperature; they stay where they are if there is neither.
+  // Logits with penalty and temperature, filled up if short; else they stay where they are.
   const T* scaled(int64_t w) {
     const T* x = logits(w);
-    if (options_.temperature == 1.0 && options_.blank_penalty == 0.0) return x;
-    for (int64_t v = 0; v < shape_.V; ++v) scaled_[v] = x[v] / T(options_.temperature);
-    scaled_[options_.blank] =
-        (x[options_.blank] - T(options_.blank_penalty)) / T(options_.temperature);
-    return scaled_.data();
+    if (!copies_) return x;
+    T* const y = work_.scaled.data();
+    std::copy(x, x + shape_.V, y);
+    y[options_.blank()] -= T(options_.blank_penalty);
+    if (options_.temperature != 1.0) {
+      for (int64_t v = 0; v < shape_.V; ++v) y[v] /= T(options_.temperature);
+    }
+    return y;
   }
 
   T scaled_one(int64_t w, int64_t v) const {
     T x = logits(w)[v];
-    if (v == options_.blank) x -= T(options_.blank_penalty);
+    if (v == options_.blank()) x -= T(options_.blank_penalty);
     return options_.temperature == 1.0 ? x : x / T(options_.temperature);
   }
 
   T log_prob(int64_t w, int64_t v) const {
-    return (scaled_one(w, v) - normaliser_[w].high) - normaliser_[w].log_sum;
+    return (scaled_one(w, v) - work_.normaliser[w].high) - work_.normaliser[w].log_sum;
   }
 
   // log P(not blank), which shares the terms' weight among the tokens (NeMo clamps at 0.01).
   T not_blank(int64_t w) const {
-    return std::log(std::max(T(1) - std::exp(log_prob(w, options_.blank)), T(0.01)));
+    return std::log(std::max(T(1) - std::exp(log_prob(w, options_.blank())), T(0.01)));
   }
 
   S term_weights() const {
     S sum = 0;
-    for (const S weight : weight_) sum += weight;
+    for (const S weight : work_.weight) sum += weight;
     return sum;
   }
 
   // What term i adds to token v of hypothesis w.
   S part(int64_t i, int64_t w, int64_t v) const {
-    if (weight_[i] == 0) return 0;
-    if (silent_[v]) {
-      const bool weighed = options_.weigh_blank && v == options_.blank;
-      return weighed ? weight_[i] * log_prob(w, v) : S(0);
+    if (work_.weight[i] == 0) return 0;
+    if (options_.is_silent(v)) {
+      const bool weighed = options_.weigh_blank && v == options_.blank();
+      return weighed ? work_.weight[i] * log_prob(w, v) : S(0);
     }
     T value;
     const int64_t row = terms_[i].row[b_ * shape_.W + w];
-    convert(terms_[i].rows, terms_[i].dtype, row * shape_.V + v, 1, &value);
-    S result = weight_[i] * S(value);
-    if (options_.weigh_blank) result += weight_[i] * S(not_blank(w));
+    convert(terms_[i].rows, terms_[i].number, row * shape_.V + v, 1, &value);
+    S result = work_.weight[i] * S(value);
+    if (options_.weigh_blank) result += work_.weight[i] * S(not_blank(w));
     return result;
   }
 
@@ -190,31 +232,32 @@ class Step {
 
   S with_terms(S total, int64_t w, int64_t v) const {
     for (size_t i = 0; i < terms_.size(); ++i) total += part(i, w, v);
-    if (reward_ && !silent_[v]) total += reward_[b_];
+    if (reward_ && !options_.is_silent(v)) total += reward_[b_];
     return total;
   }
 
-  // Offers every v in [0, V) whose base + x[v] can still be among the best. A candidate that the
-  // audio rules out (-inf log_prob) is dead whatever its terms say.
-  void scan(Best<S>& best, S base, const T* x, int64_t w) {
-    constexpr T kNone = -std::numeric_limits<T>::infinity();
-    const auto bound = [&] {
-      const S worst = best.worst();
-      // Slack for the rounding of base + x; the exact comparison is offer's.
-      const S slack = 8 * S(std::numeric_limits<T>::epsilon()) *
-                      (std::abs(worst) + std::abs(base) + std::abs(worst - base));
-      return std::isinf(worst) ? kNone : T(worst - base - slack);
-    };
-    for (int64_t v = loops_.next_above(x, 0, shape_.V, bound()); v < shape_.V;
-         v = loops_.next_above(x, v + 1, shape_.V, bound())) {
-      if (log_prob_[v] != kNone) offer(best, base + S(x[v]), w, v);
+  // Offers every v whose base + increment can be among the best.
+  void scan(Best<S>& best, S base, int64_t w) {
+    const T* x = work_.increment.data();
+    S worst = best.worst();
+    if (!best.full()) worst = base + S(loops_.reached(work_.tops.data(), row_length_, shape_.W));
+    // Slack for the rounding of base + x, and for ties; the exact comparison is offer's.
+    const S slack = S(std::numeric_limits<T>::min()) +
+                    8 * S(std::numeric_limits<T>::epsilon()) *
+                        (std::abs(worst) + std::abs(base) + std::abs(worst - base));
+    const T bound = std::isfinite(worst) ? T(worst - base - slack) : kNone;
+    const int64_t count =
+        loops_.above(x, work_.tops.data(), row_length_, bound, work_.found.data());
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t v = work_.found[i];
+      offer(best, base + S(x[v]), w, v);
     }
   }
 
   void expand(int64_t w) {
     const S base = old_score(w);
     if (slot(w) == kDead || base == -std::numeric_limits<S>::infinity()) return;
-    if (slot(w) == kKeep || base != base) return offer(best_, base, w, options_.blank);
+    if (slot(w) == kKeep || base != base) return offer(work_.best, base, w, options_.blank());
     const T* x = scaled(w);
     const auto [high, sum, nan] = loops_.statistics(x, shape_.V);
     if (nan || high == std::numeric_limits<T>::infinity()) {
@@ -222,53 +265,89 @@ class Step {
       return;
     }
     if (std::isinf(high)) return;  // no token is possible
-    normaliser_[w] = {high, T(std::log(sum))};
+    work_.normaliser[w] = {high, T(std::log(sum))};
     if (slot(w) == kBlankOnly) {
-      const S total = base + log_prob(w, options_.blank);
-      return offer(best_,
-                   options_.prune == Prune::after ? total : with_terms(total, w, options_.blank), w,
-                   options_.blank);
+      const S total = base + log_prob(w, options_.blank());
+      return offer(work_.best,
+                   options_.prune == Prune::after ? total : with_terms(total, w, options_.blank()),
+                   w, options_.blank());
     }
-    loops_.log_softmax(x, high, normaliser_[w].log_sum, shape_.V, log_prob_.data());
-    if (options_.prune == Prune::after) return scan(best_, base, log_prob_.data(), w);
-    if (options_.prune == Prune::early) {
-      own_.clear();
-      scan(own_, 0, log_prob_.data(), w);
-      for (const auto& [total, parent, v] : own_)
-        offer(best_, with_terms(base + total, w, v), w, v);
-      return;
+    if (options_.prune == Prune::late) {
+      combine_terms(x, w);
+      return scan(work_.best, base, w);
     }
-    add_terms(w);
-    scan(best_, base, increment_.data(), w);
+    combine({x, high, work_.normaliser[w].log_sum, nullptr, Number::f32, 0, 0});
+    if (options_.prune == Prune::after) return scan(work_.best, base, w);
+    work_.own.clear(std::min(shape_.W, shape_.V));
+    scan(work_.own, 0, w);
+    for (const auto& [total, parent, v] : work_.own)
+      offer(work_.best, with_terms(base + total, w, v), w, v);
   }
 
-  // increment_ = log_prob_ with every token's terms.
-  void add_terms(int64_t w) {
-    std::copy(log_prob_.begin(), log_prob_.end(), increment_.begin());
-    for (size_t i = 0; i < terms_.size(); ++i) {
-      if (weight_[i] == 0) continue;
-      const int64_t offset = terms_[i].row[b_ * shape_.W + w] * shape_.V;
-      const T* row = row_.data();
-      if (terms_[i].dtype == (std::is_same_v<T, float> ? ScalarType::Float : ScalarType::Double)) {
-        row = static_cast<const T*>(terms_[i].rows) + offset;
-      } else {
-        convert(terms_[i].rows, terms_[i].dtype, offset, shape_.V, row_.data());
-      }
-      loops_.add(row, T(weight_[i]), shape_.V, increment_.data());
-    }
+  bool combine(const Increments<T>& of) {
+    return loops_.combine(of, row_length_, work_.increment.data(), work_.tops.data());
+  }
+
+  // Increments are every token's log_prob with its terms.
+  void combine_terms(const T* x, int64_t w) {
     T extra = reward_ ? T(reward_[b_]) : T(0);
     if (options_.weigh_blank) extra += T(term_weights()) * not_blank(w);
-    if (extra != 0) {
-      for (T& value : increment_) value += extra;
+    T* const increment = work_.increment.data();
+    Increments<T> next{
+        x, work_.normaliser[w].high, work_.normaliser[w].log_sum, nullptr, Number::f32, 0, 0};
+    bool suspect = false;
+    for (size_t i = 0; i < terms_.size(); ++i) {
+      if (work_.weight[i] == 0) continue;
+      if (next.row) {
+        suspect |= combine(next);
+        next.x = increment;
+        next.high = next.log_sum = 0;
+      }
+      next.row = row_of(terms_[i], w, &next.number);
+      next.weight = T(work_.weight[i]);
     }
-    for (const int64_t v : options_.silent) increment_[v] = log_prob_[v];
-    if (options_.weigh_blank) increment_[options_.blank] *= T(1) + T(term_weights());
+    next.extra = extra;
+    suspect |= combine(next);
+    for (const int64_t v : options_.silent) increment[v] = log_prob(w, v);
+    if (options_.weigh_blank) increment[options_.blank()] *= T(1) + T(term_weights());
+    if (suspect) {
+      drop_what_is_no_number(w);
+      loops_.renew(increment, 0, row_length_, work_.tops.data());
+    } else {
+      for (const int64_t v : options_.silent) loops_.renew(increment, v, v + 1, work_.tops.data());
+    }
+  }
+
+  // A token that the audio rules out is dead, whatever its terms say.
+  void drop_what_is_no_number(int64_t w) {
+    for (int64_t v = 0; v < shape_.V; ++v) {
+      T& increment = work_.increment[v];
+      if (increment < std::numeric_limits<T>::infinity()) continue;
+      if (log_prob(w, v) != kNone) bad_ = true;
+      increment = kNone;
+    }
+  }
+
+  // Where term i's row for hypothesis w lies, converted and filled up if need be.
+  const void* row_of(const Term& term, int64_t w, Number* number) {
+    const int64_t offset = term.row[b_ * shape_.W + w] * shape_.V;
+    constexpr bool is_float = std::is_same_v<T, float>;
+    constexpr Number own = is_float ? Number::f32 : Number::f64;
+    const bool half = term.number == Number::bf16 || term.number == Number::f16;
+    if (shape_.V >= kLeastRow && (term.number == own || (is_float && half))) {
+      *number = term.number;
+      const int64_t size = half ? 2 : sizeof(T);
+      return static_cast<const char*>(term.rows) + offset * size;
+    }
+    convert(term.rows, term.number, offset, shape_.V, work_.row.data());
+    *number = own;
+    return work_.row.data();
   }
 
   void write(S* score, int64_t* parent, int64_t* token, S* parts) {
     const int64_t width = 1 + int64_t(terms_.size());
     int64_t out = 0;
-    for (const auto& [total, w, v] : best_) {
+    for (const auto& [total, w, v] : work_.best) {
       S final_total = total;
       if (options_.prune == Prune::after && slot(w) != kKeep) final_total = with_terms(total, w, v);
       if (final_total != final_total || final_total == std::numeric_limits<S>::infinity())
@@ -286,14 +365,10 @@ class Step {
     for (; out < shape_.W; ++out) {
       score[out] = -std::numeric_limits<S>::infinity();
       parent[out] = out;
-      token[out] = options_.blank;
+      token[out] = options_.blank();
       std::fill_n(parts + out * width, width, S(0));
     }
   }
-
-  struct Normaliser {
-    T high, log_sum;
-  };
 
   const BeamShape& shape_;
   const Options& options_;
@@ -303,11 +378,9 @@ class Step {
   const int64_t* slot_;
   const S* reward_;
   const BeamLoops<T>& loops_;
-  Best<S> best_, own_;
-  std::vector<bool> silent_;
-  std::vector<T> scaled_, log_prob_, increment_, row_;
-  std::vector<S> weight_;
-  std::vector<Normaliser> normaliser_;
+  Workspace<T, S>& work_;
+  const int64_t row_length_;  // V, or what the loops want at least
+  const bool copies_;         // logits are changed or filled up
   int64_t b_ = 0;
   bool bad_ = false;
 };
@@ -328,7 +401,8 @@ void run(const BeamShape& shape, const Options& options, const std::vector<Term>
   // A thread is worth its start from about 30,000 logits on.
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, shape.W * shape.V));
   torch::stable::parallel_for(0, shape.B, grain, [&](int64_t begin, int64_t end) {
-    Step<T, S> step(shape, options, terms, logits, scores, slot, rewards);
+    static thread_local Workspace<T, S> workspace;
+    Step<T, S> step(shape, options, terms, logits, scores, slot, rewards, workspace);
     for (int64_t b = begin; b < end; ++b) {
       const int64_t at = b * shape.W;
       step.run(b, new_score + at, parent + at, token + at, parts + at * width, bad + b);
@@ -346,11 +420,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> beam_step_cpu(
       check_beam_step(score, am_logits, rows, row, weight, slot, silent, token_reward, temperature);
   const auto* codes = slot ? static_cast<const int64_t*>(slot->data_ptr()) : nullptr;
   check_beam_rows(shape, score, rows, row, slot);
-  const Options options{silent[0],     silent,          temperature,
-                        blank_penalty, prune_of(prune), weigh_blank};
+  const Options options{silent, temperature, blank_penalty, prune_of(prune), weigh_blank};
   std::vector<Term> terms;
   for (size_t i = 0; i < rows.size(); ++i) {
-    terms.push_back({rows[i].data_ptr(), rows[i].scalar_type(),
+    terms.push_back({rows[i].data_ptr(), number_of("rows", rows[i]),
                      static_cast<const int64_t*>(row[i].data_ptr()), weight[i].data_ptr()});
   }
   const auto parts = int64_t(1 + terms.size());
