@@ -5,7 +5,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
+import prunelm._C
 from prunelm.ops import _library  # noqa: F401  (loads the extension)
 from prunelm.ops.backend import WITH_CUDA, WITH_TRITON, triton_is_interpreted
 
@@ -15,6 +17,8 @@ Backend = Literal["reference", "cpu", "cuda", "triton"]
 
 EXPAND, BLANK_ONLY, KEEP, DEAD = range(4)
 _LEAST_NOT_BLANK = 0.01  # NeMo's clamp of 1 - P(blank)
+
+_direct = prunelm._C.beam_step
 
 
 class BeamStep(NamedTuple):
@@ -91,6 +95,13 @@ def beam_step(
         ValueError: the backend or `prune` is unknown, or the backend cannot run this.
         RuntimeError: a shape, dtype or index is not as above.
     """
+    if backend is None and not is_compiling():
+        chosen = _direct(
+            score, am_logits, tuple(terms), slot, tuple(silent), token_reward,
+            temperature, blank_penalty, prune, weigh_blank,
+        )  # fmt: skip
+        if chosen is not None:
+            return BeamStep._make(chosen)
     if prune not in ("late", "early", "after"):
         raise ValueError(f"prune: expected late, early or after, got {prune!r}")
     run = _runner(am_logits.device, backend)
