@@ -55,8 +55,7 @@ SoftmaxStatistics<T> statistics(const T* x, int64_t V) {
   });
   const Vec<T> top = larger<T>(larger<T>(highs[0], highs[1]), larger<T>(highs[2], highs[3]));
   const Vec<T> total = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  SoftmaxStatistics<T> result{top[0], 0, false};
-  for (int64_t i = 1; i < kLanes<T>; ++i) result.high = std::max(result.high, top[i]);
+  SoftmaxStatistics<T> result{fold<T>(top, [](auto a, auto b) { return a > b ? a : b; }), 0, false};
   if (any(total != total)) {  // a sum that overflows may meet -inf
     result.nan = std::any_of(x, x + V, [](T value) { return value != value; });
   }
@@ -64,7 +63,7 @@ SoftmaxStatistics<T> statistics(const T* x, int64_t V) {
   for (Vec<T>& sum : sums) sum = Vec<T>{};
   over(x, V, [&](int i, Vec<T> here) { sums[i] += exp_summand(here - result.high); });
   const Vec<T> sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  for (int64_t i = 0; i < kLanes<T>; ++i) result.sum += sum[i];
+  result.sum = fold<T>(sum, [](auto a, auto b) { return a + b; });
   return result;
 }
 
