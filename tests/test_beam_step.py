@@ -339,9 +339,9 @@ def test_rows_of_other_dtypes_are_those_numbers(
 
 
 def test_sums_that_overflow_are_no_reason_to_call_a_row_bad() -> None:
-    am_logits = torch.full((1, 2, 100), 3e38)
-    am_logits[0, :, 50:] = -INF
-    rows = torch.full((1, 100), 3e38)
+    am_logits = torch.full((1, 2, 600), 3e38)
+    am_logits[0, :, 400:] = -INF
+    rows = torch.full((1, 600), 3e38)
     rows[0, 3] = -INF
     term = (rows, torch.zeros(1, 2, dtype=torch.int64), torch.ones(1))
     want = beam_step(torch.zeros(1, 2), am_logits, (term,), backend="reference")
