@@ -40,15 +40,13 @@ def measure(B: int, W: int, V: int, threads: int, compiled: bool) -> dict[str, A
     rows, row = logits.log_softmax(-1), torch.arange(B * W).view(B, W)
     rows[..., 0] = 0  # as beam_step takes blank
     weight = torch.full((B,), 0.3)
-    term = ((rows.view(B * W, V), row, weight),)
+    term, raw = (((x.view(B * W, V), row, weight),) for x in (rows, logits))
     calls: dict[str, Callable[[], object]] = {
         "late": lambda: beam_step(score, am_logits, term),
         "early": lambda: beam_step(score, am_logits, term, prune="early"),
         "after": lambda: beam_step(score, am_logits, term, prune="after"),
         "no_term": lambda: beam_step(score, am_logits, prune="after"),
-        "late_from_logits": lambda: beam_step(
-            score, am_logits, ((logits.log_softmax(-1).view(B * W, V), row, weight),)
-        ),
+        "late_from_logits": lambda: beam_step(score, am_logits, raw, normalise=True),
         "torch": lambda: in_torch(score, am_logits, rows, weight),
         "torch_from_logits": lambda: normalising(score, am_logits, logits, weight),
     }

@@ -20,6 +20,7 @@ def beam_step(
     blank_penalty: float,
     prune: str,
     weigh_blank: bool,
+    normalise: bool,
     /,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None: ...
 def block_sparse_linear(

@@ -39,6 +39,7 @@ def example(B: int = 3, W: int = 4, V: int = 70, dtype: torch.dtype = torch.floa
         "blank_penalty": 0.25,
         "prune": "late",
         "weigh_blank": False,
+        "normalise": False,
     }
 
 
@@ -47,10 +48,11 @@ def direct(values: Arguments) -> tuple[Tensor, ...] | None:
 
 
 def through_dispatcher(values: Arguments) -> tuple[Tensor, ...]:
-    score, am_logits, terms, slot, silent, reward, *rest = values.values()
+    score, am_logits, terms, slot, silent, reward, *rest, normalise = values.values()
     rows, row, weight = (list(x) for x in zip(*terms, strict=True)) if terms else ([], [], [])
     if isinstance(reward, float):
         reward = score.new_full(score.shape[:1], reward)
+    assert not normalise
     out: tuple[Tensor, ...] = OP(
         score, am_logits, rows, row, weight, slot, list(silent), reward, *rest
     )
@@ -93,6 +95,58 @@ def test_scores_may_be_wider_than_logits_and_rows_narrower() -> None:
         got = direct(values)
     assert got is not None
     assert all(torch.equal(a, b) for a, b in zip(got, through_dispatcher(values), strict=True))
+
+
+@pytest.mark.parametrize("prune", ["late", "early", "after"])
+@pytest.mark.parametrize("V", [1, 3, 16, 70, 500])
+@pytest.mark.parametrize("rows_dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_rows_of_logits_are_normalised(
+    dtype: torch.dtype, rows_dtype: torch.dtype, V: int, prune: str
+) -> None:
+    values = {**example(V=V, dtype=dtype), "prune": prune, "silent": (0,), "normalise": True}
+    (rows, row, weight), second = values["terms"]
+    # A term of weight 0 is not read.
+    weight[1] = 0
+    values["terms"] = ((10 * rows.to(rows_dtype) + 30, row, -weight.abs()), second)
+    with torch.no_grad():
+        got = direct(values)
+        called = beam_step(**values)
+    assert got is not None
+    exact = [(r.double().log_softmax(-1), row, weight) for r, row, weight in values["terms"]]
+    plain = {**values, "terms": exact, "normalise": False, "backend": "reference"}
+    for want in (beam_step(**plain), beam_step(**values)):
+        for one, named, other in zip(got, called, want, strict=True):
+            assert torch.equal(one, named)
+            if one.dtype.is_floating_point:
+                torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-5)
+            else:
+                assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("spoilt", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_a_row_without_a_softmax_is_bad(spoilt: float) -> None:
+    for prune in ("late", "early", "after"):
+        values = {**example(), "slot": None, "prune": prune, "normalise": True}
+        rows, row, _ = values["terms"][0]
+        row[0], row[1:] = 5, 0
+        rows[5] = spoilt
+        with torch.no_grad():
+            got = direct(values)
+        want = beam_step(**values, backend="reference")
+        assert got is not None and got[4].tolist() == [True, False, False]
+        for one, other in zip(got, want, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_gradients_reach_rows_of_logits() -> None:
+    values = {**example(dtype=torch.float64), "normalise": True}
+    (rows, row, weight), second = values["terms"]
+
+    def parts(logits: Tensor) -> Tensor:
+        return beam_step(**{**values, "terms": ((logits, row, weight), second)}).parts
+
+    assert torch.autograd.gradcheck(parts, rows.requires_grad_())
 
 
 def test_each_result_lives_alone_and_can_be_written() -> None:
@@ -205,5 +259,5 @@ def test_what_is_wrong_is_refused_by_name_without_gradients_too(name: str) -> No
 
 
 def test_wrong_numbers_of_arguments_are_refused() -> None:
-    with pytest.raises(TypeError, match="expected 10 arguments, got 1"):
+    with pytest.raises(TypeError, match="expected 11 arguments, got 1"):
         prunelm._C.beam_step(torch.zeros(1))  # type: ignore[call-arg]

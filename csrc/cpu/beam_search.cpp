@@ -10,6 +10,7 @@
 #include <limits>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/beam_step.h"
@@ -88,9 +89,10 @@ struct Normaliser {
 template <typename T, typename S>
 struct Workspace {
   Best<S> best, own;
-  std::vector<T> scaled, increment, tops, row;
+  std::vector<T> scaled, increment, tops, row, row_logits;
   std::vector<S> weight;
-  std::vector<Normaliser<T>> normaliser;
+  std::vector<Normaliser<T>> normaliser, row_normaliser;
+  std::vector<char> row_is_known;
   std::vector<int64_t> order, found;
 };
 
@@ -117,11 +119,13 @@ class Step {
     };
     size(work_.scaled, row_length_, kNone);
     size(work_.row, row_length_, 0);
+    size(work_.row_logits, row_length_, kNone);
     size(work_.increment, row_length_ + kIncrementPadding, kNone);
     work_.tops.resize(tops_size(row_length_));
     work_.found.resize(row_length_ + kLeastRow);
     work_.weight.resize(terms_.size());
     work_.normaliser.resize(shape_.W);
+    work_.row_normaliser.resize(shape_.W * terms_.size());
     work_.order.resize(shape_.W);
   }
 
@@ -129,6 +133,7 @@ class Step {
     b_ = b;
     bad_ = false;
     work_.best.clear(shape_.W);
+    work_.row_is_known.assign(work_.row_normaliser.size(), false);
     for (size_t i = 0; i < terms_.size(); ++i)
       work_.weight[i] = static_cast<const S*>(terms_[i].weight)[b];
     // The best hypotheses first: after them few candidates are worth a look. The order shows in
@@ -145,6 +150,9 @@ class Step {
   }
 
  private:
+  static Normaliser<T> normaliser_of(T high, double sum) { return {high, T(std::log(sum))}; }
+
+  static constexpr Number kOwn = std::is_same_v<T, float> ? Number::f32 : Number::f64;
   static constexpr T kNone = -std::numeric_limits<T>::infinity();
 
   S old_score(int64_t w) const { return score_[b_ * shape_.W + w]; }
@@ -186,7 +194,7 @@ class Step {
   }
 
   // What term i adds to token v of hypothesis w.
-  S part(int64_t i, int64_t w, int64_t v) const {
+  S part(int64_t i, int64_t w, int64_t v) {
     if (work_.weight[i] == 0) return 0;
     if (options_.is_silent(v)) {
       const bool weighed = options_.weigh_blank && v == options_.blank();
@@ -195,6 +203,10 @@ class Step {
     T value;
     const int64_t row = terms_[i].row[b_ * shape_.W + w];
     convert(terms_[i].rows, terms_[i].number, row * shape_.V + v, 1, &value);
+    if (options_.normalise) {
+      const Normaliser<T>& row = row_normaliser(i, w);
+      value = (value - row.high) - row.log_sum;
+    }
     S result = work_.weight[i] * S(value);
     if (options_.weigh_blank) result += work_.weight[i] * S(not_blank(w));
     return result;
@@ -208,7 +220,7 @@ class Step {
     }
   }
 
-  S with_terms(S total, int64_t w, int64_t v) const {
+  S with_terms(S total, int64_t w, int64_t v) {
     for (size_t i = 0; i < terms_.size(); ++i) total += part(i, w, v);
     if (reward_ && !options_.is_silent(v)) total += reward_[b_];
     return total;
@@ -237,13 +249,13 @@ class Step {
     if (slot(w) == kDead || base == -std::numeric_limits<S>::infinity()) return;
     if (slot(w) == kKeep || base != base) return offer(work_.best, base, w, options_.blank());
     const T* x = scaled(w);
-    const auto [high, sum, nan] = loops_.statistics(x, shape_.V);
+    const auto [high, sum, nan] = loops_.statistics(x, row_length_);
     if (nan || high == std::numeric_limits<T>::infinity()) {
       bad_ = true;
       return;
     }
     if (std::isinf(high)) return;  // no token is possible
-    work_.normaliser[w] = {high, T(std::log(sum))};
+    work_.normaliser[w] = normaliser_of(high, sum);
     if (slot(w) == kBlankOnly) {
       const S total = base + log_prob(w, options_.blank());
       return offer(work_.best,
@@ -283,6 +295,10 @@ class Step {
       }
       next.row = row_of(terms_[i], w, &next.number);
       next.weight = T(work_.weight[i]);
+      if (options_.normalise) {
+        const Normaliser<T>& row = row_normaliser(i, w);
+        extra -= next.weight * (row.high + row.log_sum);
+      }
     }
     next.extra = extra;
     suspect |= combine(next);
@@ -306,19 +322,36 @@ class Step {
     }
   }
 
-  // Where term i's row for hypothesis w lies, converted and filled up if need be.
+  // Of term i's row for hypothesis w; NaN where there is none.
+  const Normaliser<T>& row_normaliser(int64_t i, int64_t w) {
+    const int64_t at = w * int64_t(terms_.size()) + i;
+    Normaliser<T>& found = work_.row_normaliser[at];
+    if (std::exchange(work_.row_is_known[at], true)) return found;
+    const BeamTerm& term = terms_[i];
+    const int64_t offset = term.row[b_ * shape_.W + w] * shape_.V;
+    const T* x = static_cast<const T*>(term.rows) + offset;
+    if (term.number != kOwn || shape_.V < kLeastRow) {
+      convert(term.rows, term.number, offset, shape_.V, work_.row_logits.data());
+      x = work_.row_logits.data();
+    }
+    const auto [high, sum, nan] = loops_.statistics(x, row_length_);
+    constexpr T kNaN = std::numeric_limits<T>::quiet_NaN();
+    found = nan || std::isinf(high) ? Normaliser<T>{kNaN, kNaN} : normaliser_of(high, sum);
+    return found;
+  }
+
+  // Where a term's row for hypothesis w lies, converted and filled up if need be.
   const void* row_of(const BeamTerm& term, int64_t w, Number* number) {
     const int64_t offset = term.row[b_ * shape_.W + w] * shape_.V;
     constexpr bool is_float = std::is_same_v<T, float>;
-    constexpr Number own = is_float ? Number::f32 : Number::f64;
     const bool half = term.number == Number::bf16 || term.number == Number::f16;
-    if (shape_.V >= kLeastRow && (term.number == own || (is_float && half))) {
+    if (shape_.V >= kLeastRow && (term.number == kOwn || (is_float && half))) {
       *number = term.number;
       const int64_t size = half ? 2 : sizeof(T);
       return static_cast<const char*>(term.rows) + offset * size;
     }
     convert(term.rows, term.number, offset, shape_.V, work_.row.data());
-    *number = own;
+    *number = kOwn;
     return work_.row.data();
   }
 

@@ -23,6 +23,7 @@ struct BeamOptions {
   double temperature, blank_penalty;
   Prune prune;
   bool weigh_blank;
+  bool normalise;  // rows hold logits
 
   int64_t blank() const { return silent[0]; }
   // Lists of silent tokens are short.

@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> beam_step_cpu(
                slot ? static_cast<const int64_t*>(slot->data_ptr()) : nullptr,
                token_reward ? token_reward->data_ptr() : nullptr,
                {},
-               {silent, temperature, blank_penalty, prune_of(prune), weigh_blank}};
+               {silent, temperature, blank_penalty, prune_of(prune), weigh_blank, false}};
   for (size_t i = 0; i < rows.size(); ++i) {
     in.terms.push_back({rows[i].data_ptr(), number_of("rows", rows[i]), rows[i].size(0),
                         static_cast<const int64_t*>(row[i].data_ptr()), weight[i].data_ptr()});
@@ -54,7 +54,7 @@ class DirectBeam {
   BeamInput in{};
 
   // score, am_logits, terms, slot, silent, token_reward, temperature, blank_penalty, prune,
-  // weigh_blank; terms and silent are tuples, so that nobody changes them meanwhile.
+  // weigh_blank, normalise; terms and silent are tuples, so that nobody changes them meanwhile.
   bool read(PyObject* const* given) {
     PyObject *const terms = given[2], *const silent = given[4];
     if (!PyTuple_CheckExact(terms) || !PyTuple_CheckExact(silent)) return false;
@@ -163,13 +163,15 @@ class DirectBeam {
     return !in.options.silent.empty();
   }
 
-  // temperature, blank_penalty, prune, weigh_blank.
+  // temperature, blank_penalty, prune, weigh_blank, normalise.
   bool read_options(PyObject* const* given) {
     if (!PyFloat_CheckExact(given[0]) || !PyFloat_CheckExact(given[1])) return false;
     if (!PyUnicode_CheckExact(given[2]) || !PyBool_Check(given[3])) return false;
+    if (!PyBool_Check(given[4])) return false;
     in.options.temperature = PyFloat_AS_DOUBLE(given[0]);
     in.options.blank_penalty = PyFloat_AS_DOUBLE(given[1]);
     in.options.weigh_blank = given[3] == Py_True;
+    in.options.normalise = given[4] == Py_True;
     for (const Prune prune : {Prune::late, Prune::early, Prune::after}) {
       if (PyUnicode_CompareWithASCIIString(given[2], prune_name(prune)) == 0) {
         in.options.prune = prune;
@@ -185,7 +187,7 @@ class DirectBeam {
 };
 
 PyObject* beam_step_direct(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  return direct(10, count, [&]() -> PyObject* {
+  return direct(11, count, [&]() -> PyObject* {
     DirectBeam beam;
     if (!beam.read(given)) return nullptr;
     const BeamShape& shape = beam.in.shape;

@@ -43,6 +43,7 @@ def beam_step(
     blank_penalty: float = 0.0,
     prune: Prune = "late",
     weigh_blank: bool = False,
+    normalise: bool = False,
     backend: Backend | None = None,
 ) -> BeamStep:
     """The best W extensions of W hypotheses of each utterance.
@@ -59,6 +60,9 @@ def beam_step(
       W of all are chosen (NeMo's "early").
     * "after": the best W of all by score + lp are chosen, then get their terms, and stay in the
       order in which they were chosen (icefall's modified_beam_search).
+
+    `normalise`: rows hold logits, and it is their log_softmax that counts. Rows that are read in
+    many steps are better normalised once.
 
     `weigh_blank` is NeMo's "lm_weighted_full": with a = sum_i weight_i, blank gets (1 + a) lp
     instead of lp, and a token that is not silent gets a * log(max(1 - P(blank), 0.01)) more.
@@ -98,7 +102,7 @@ def beam_step(
     if backend is None and not is_compiling():
         chosen = _direct(
             score, am_logits, tuple(terms), slot, tuple(silent), token_reward,
-            temperature, blank_penalty, prune, weigh_blank,
+            temperature, blank_penalty, prune, weigh_blank, normalise,
         )  # fmt: skip
         if chosen is not None:
             return BeamStep._make(chosen)
@@ -107,6 +111,8 @@ def beam_step(
     run = _runner(am_logits.device, backend)
     if am_logits.dtype in (torch.float16, torch.bfloat16):
         am_logits = am_logits.float()
+    if normalise:
+        terms = [(rows.to(am_logits.dtype).log_softmax(-1), *rest) for rows, *rest in terms]
     if isinstance(token_reward, (int, float)):
         token_reward = score.new_full(score.shape[:1], token_reward) if token_reward else None
     out = run(
@@ -163,6 +169,7 @@ def beam_step_reference(
     blank_penalty: float = 0.0,
     prune: Prune = "late",
     weigh_blank: bool = False,
+    normalise: bool = False,
 ) -> BeamStep:
     """beam_step in plain torch, on any device; differentiable by autograd."""
     return beam_step(
@@ -176,6 +183,7 @@ def beam_step_reference(
         blank_penalty=blank_penalty,
         prune=prune,
         weigh_blank=weigh_blank,
+        normalise=normalise,
         backend="reference",
     )
 
