@@ -272,7 +272,7 @@ def test_ties_and_the_impossible_in_rows_of_any_length(
     for W in (1, 4, 40):
 
         def some(*shape: int) -> Tensor:
-            picks = torch.randint(0, len(VALUES), shape, generator=g)  # noqa: B023
+            picks = torch.randint(0, len(VALUES), shape, generator=g)
             return torch.tensor(VALUES, dtype=dtype)[picks]
 
         am_logits, score = some(6, W, V), some(6, W)

@@ -122,7 +122,7 @@ class Step {
     size(work_.row_logits, row_length_, kNone);
     size(work_.increment, row_length_ + kIncrementPadding, kNone);
     work_.tops.resize(tops_size(row_length_));
-    work_.found.resize(row_length_ + kLeastRow);
+    work_.found.resize(row_length_);
     work_.weight.resize(terms_.size());
     work_.normaliser.resize(shape_.W);
     work_.row_normaliser.resize(shape_.W * terms_.size());

@@ -46,8 +46,7 @@ struct BeamLoops {
   void (*renew)(const T* increments, int64_t begin, int64_t end, T* tops);
   // A number that at least `count` increments reach; -inf where tops do not tell.
   T (*reached)(const T* tops, int64_t V, int64_t count);
-  // The v whose increments are above the bound, in order; how many. Up to kLeastRow numbers after
-  // them are written to.
+  // The v whose increments are above the bound, in order; how many.
   int64_t (*above)(const T* increments, const T* tops, int64_t V, T bound, int64_t* found);
 };
 

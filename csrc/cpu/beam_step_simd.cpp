@@ -1,5 +1,6 @@
 // beam_step's loops over V; compiled once per instruction set, in the compiler's vectors.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 
@@ -38,11 +39,13 @@ PRUNELM_INLINE void over(const T* x, int64_t V, Visit visit) {
   for (; v + kChunk<T> <= V; v += kChunk<T>) {
     for (int i = 0; i < kUnroll; ++i) visit(i, load(x + v + i * kLanes<T>));
   }
-  for (int i = 0; i < kUnroll - 1; ++i, v += kLanes<T>) {
-    if (v + kLanes<T> > V) break;
-    visit(i, load(x + v));
-  }
-  if (v < V) visit(kUnroll - 1, seen_before<T>(V) ? Vec<T>{} + kNone<T> : load(x + V - kLanes<T>));
+  // Not a loop: compilers keep sums in registers where i is known.
+  const int64_t rest = (V - v) / kLanes<T>;
+  if (rest > 0) visit(0, load(x + v));
+  if (rest > 1) visit(1, load(x + v + kLanes<T>));
+  if (rest > 2) visit(2, load(x + v + 2 * kLanes<T>));
+  if (V % kLanes<T>)
+    visit(kUnroll - 1, seen_before<T>(V) ? Vec<T>{} + kNone<T> : load(x + V - kLanes<T>));
 }
 
 template <typename T>
@@ -167,14 +170,12 @@ int64_t above(const T* increments, const T* tops, int64_t V, T bound, int64_t* f
   const int64_t chunks = chunks_of<T>(V);
   for (int64_t c = 0; c < chunks; ++c) {
     if (!any(load(tops + c * kLanes<T>) > bound)) continue;
-    const int64_t end = std::min(V, (c + 1) * kChunk<T>);
-    for (int64_t v = c * kChunk<T>; v < end; v += kLanes<T>) {
-      if (!any(load(increments + v) > bound)) continue;
-      for (int64_t i = 0; i < kLanes<T>; ++i) {
-        found[count] = v + i;
-        count += increments[v + i] > bound;
-      }
+    const T* const chunk = increments + c * kChunk<T>;
+    uint64_t bits = 0;
+    for (int i = 0; i < kUnroll; ++i) {
+      bits |= bits_of(load(chunk + i * kLanes<T>) > bound) << (i * kLanes<T>);
     }
+    for (; bits; bits &= bits - 1) found[count++] = c * kChunk<T> + std::countr_zero(bits);
   }
   return count;
 }

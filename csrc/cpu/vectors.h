@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -62,19 +63,37 @@ inline bool any(Mask mask) {
 #endif
 }
 
-// A vector's numbers made one by op, halves first: a chain of additions would take four times as
-// long.
+// A bit for each lane of a comparison, the first lane's lowest.
+template <typename Mask>
+inline uint64_t bits_of(Mask mask) {
+  [[maybe_unused]] constexpr bool k32 = sizeof(mask[0]) == 4;
+#if defined(__AVX512F__)
+  const auto all = std::bit_cast<__m512i>(mask);
+  return k32 ? _mm512_movepi32_mask(all) : _mm512_movepi64_mask(all);
+#elif defined(__AVX2__)
+  return uint64_t(k32 ? _mm256_movemask_ps(std::bit_cast<__m256>(mask))
+                      : _mm256_movemask_pd(std::bit_cast<__m256d>(mask)));
+#else
+  uint64_t bits = 0;
+  for (unsigned i = 0; i < sizeof(mask) / sizeof(mask[0]); ++i) bits |= uint64_t(mask[i] & 1) << i;
+  return bits;
+#endif
+}
+
+template <int64_t first, typename V, int64_t... i>
+inline auto lanes_of(V x, std::integer_sequence<int64_t, i...>) {
+  return __builtin_shufflevector(x, x, (first + i)...);
+}
+
+// A vector's numbers made one by op, halves first: a chain of them would take four times as long.
 template <typename T, int64_t lanes = kLanes<T>, typename V, typename Op>
 inline T fold(V x, Op op) {
   if constexpr (lanes == 2) {
     return op(x[0], x[1]);
   } else {
     constexpr int64_t kHalf = lanes / 2;
-    typedef T Half __attribute__((vector_size(kHalf * sizeof(T))));
-    Half low, high;
-    std::memcpy(&low, &x, sizeof(low));
-    std::memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof(low), sizeof(high));
-    return fold<T, kHalf>(op(low, high), op);
+    const std::make_integer_sequence<int64_t, kHalf> half{};
+    return fold<T, kHalf>(op(lanes_of<0>(x, half), lanes_of<kHalf>(x, half)), op);
   }
 }
 

@@ -112,7 +112,8 @@ def beam_step(
     if am_logits.dtype in (torch.float16, torch.bfloat16):
         am_logits = am_logits.float()
     if normalise:
-        terms = [(rows.to(am_logits.dtype).log_softmax(-1), *rest) for rows, *rest in terms]
+        dtype = am_logits.dtype
+        terms = [(rows.to(dtype).log_softmax(-1), row, weight) for rows, row, weight in terms]
     if isinstance(token_reward, (int, float)):
         token_reward = score.new_full(score.shape[:1], token_reward) if token_reward else None
     out = run(
