@@ -94,6 +94,7 @@ def beam_step(
         parts [B, W, 1 + len(terms)], score's dtype: lp, then what each term added, weight
         included, so that score = score[parent] + parts.sum(-1) + reward; bad [B] bool.
         Slots are filled from the first; empty ones hold -inf, their own index, blank and zeros.
+        Their memory need not be torch's own: it can be written to, but not resized in place.
 
     Raises:
         ValueError: the backend or `prune` is unknown, or the backend cannot run this.
