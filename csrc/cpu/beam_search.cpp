@@ -2,18 +2,16 @@
 #include "cpu/beam_search.h"
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "cpu/beam_step.h"
+#include "cpu/beam_workspace.h"
 
 namespace prunelm {
 namespace {
@@ -23,78 +21,6 @@ const BeamLoops<T>& loops() {
   if constexpr (std::is_same_v<T, float>) return PRUNELM_CHOSEN(beam_loops_float);
   if constexpr (!std::is_same_v<T, float>) return PRUNELM_CHOSEN(beam_loops_double);
 }
-
-template <typename S>
-struct Candidate {
-  S total;
-  int64_t parent, token;
-
-  bool operator<(const Candidate& other) const {  // the better one comes first
-    if (total != other.total) return total > other.total;
-    return std::tie(parent, token) < std::tie(other.parent, other.token);
-  }
-};
-
-// The best `size` candidates seen, best first. Beams are narrow: insertion beats a heap.
-template <typename S>
-class Best {
- public:
-  void clear(int64_t size) {
-    kept_.resize(size);
-    count_ = 0;
-  }
-  bool full() const { return count_ == int64_t(kept_.size()); }
-  S worst() const { return full() ? kept_[count_ - 1].total : -std::numeric_limits<S>::infinity(); }
-  Candidate<S>* begin() { return kept_.data(); }
-  Candidate<S>* end() { return kept_.data() + count_; }
-
-  void offer(const Candidate<S>& candidate) {
-    if (full()) {
-      if (!(candidate < kept_[count_ - 1])) return;
-      --count_;
-    }
-    int64_t i = count_++;
-    for (; i > 0 && candidate < kept_[i - 1]; --i) kept_[i] = kept_[i - 1];
-    kept_[i] = candidate;
-  }
-
- private:
-  std::vector<Candidate<S>> kept_;
-  int64_t count_ = 0;
-};
-
-template <typename T>
-void convert(const void* from, Number number, int64_t offset, int64_t count, T* to) {
-  const auto copy = [&](const auto* source) {
-    for (int64_t v = 0; v < count; ++v) to[v] = T(source[offset + v]);
-  };
-  switch (number) {
-    case Number::f32:
-      return copy(static_cast<const float*>(from));
-    case Number::f64:
-      return copy(static_cast<const double*>(from));
-    case Number::f16:
-      return copy(static_cast<const torch::headeronly::Half*>(from));
-    case Number::bf16:
-      return copy(static_cast<const torch::headeronly::BFloat16*>(from));
-  }
-}
-
-template <typename T>
-struct Normaliser {
-  T high, log_sum;
-};
-
-// What a thread keeps between calls: asking for it anew takes as long as a short row.
-template <typename T, typename S>
-struct Workspace {
-  Best<S> best, own;
-  std::vector<T> scaled, increment, tops, row, row_logits;
-  std::vector<S> weight;
-  std::vector<Normaliser<T>> normaliser, row_normaliser;
-  std::vector<char> row_is_known;
-  std::vector<int64_t> order, found;
-};
 
 // The search of one utterance. T is the logits' type, S the scores'.
 template <typename T, typename S>
@@ -112,7 +38,9 @@ class Step {
         work_(workspace),
         row_length_(std::max(in.shape.V, kLeastRow)),
         copies_(options_.temperature != 1.0 || options_.blank_penalty != 0.0 ||
-                shape_.V < kLeastRow) {
+                shape_.V < kLeastRow),
+        fetches_(shape_.B * shape_.W * shape_.V * int64_t(sizeof(T) * (1 + terms_.size())) >
+                 kNearCache) {
     const auto size = [&](auto& row, int64_t length, T rest) {
       row.resize(length);
       std::fill(row.begin() + shape_.V, row.end(), rest);
@@ -144,7 +72,10 @@ class Step {
         work_.order[i] = work_.order[i - 1];
       work_.order[i] = w;
     }
-    for (const int64_t w : work_.order) expand(w);
+    for (int64_t i = 0; i < shape_.W; ++i) {
+      if (fetches_) expect_rows(work_.order[i], i + 1 < shape_.W ? work_.order[i + 1] : -1);
+      expand(work_.order[i]);
+    }
     write(score, parent, token, parts);
     *bad = bad_;
   }
@@ -152,12 +83,25 @@ class Step {
  private:
   static Normaliser<T> normaliser_of(T high, double sum) { return {high, T(std::log(sum))}; }
 
+  static constexpr int64_t kNearCache = 1 << 20;  // bytes that are likely to be near anyway
   static constexpr Number kOwn = std::is_same_v<T, float> ? Number::f32 : Number::f64;
   static constexpr T kNone = -std::numeric_limits<T>::infinity();
 
   S old_score(int64_t w) const { return score_[b_ * shape_.W + w]; }
   int64_t slot(int64_t w) const { return slot_ ? slot_[b_ * shape_.W + w] : 0; }
   const T* logits(int64_t w) const { return logits_ + (b_ * shape_.W + w) * shape_.V; }
+
+  // The terms' rows of hypothesis w, and the logits of the one after it; -1: none.
+  void expect_rows(int64_t w, int64_t next) {
+    if (next >= 0) expect(logits(next), shape_.V * sizeof(T));
+    if (options_.prune != Prune::late || slot(w) != kExpand || !std::isfinite(old_score(w))) return;
+    for (size_t i = 0; i < terms_.size(); ++i) {
+      if (work_.weight[i] == 0) continue;
+      const int64_t bytes = shape_.V * bytes_of(terms_[i].number);
+      const int64_t row = terms_[i].row[b_ * shape_.W + w];
+      expect(static_cast<const char*>(terms_[i].rows) + row * bytes, bytes);
+    }
+  }
 
   // Logits with penalty and temperature, filled up if short; else they stay where they are.
   const T* scaled(int64_t w) {
@@ -347,8 +291,7 @@ class Step {
     const bool half = term.number == Number::bf16 || term.number == Number::f16;
     if (shape_.V >= kLeastRow && (term.number == kOwn || (is_float && half))) {
       *number = term.number;
-      const int64_t size = half ? 2 : sizeof(T);
-      return static_cast<const char*>(term.rows) + offset * size;
+      return static_cast<const char*>(term.rows) + offset * bytes_of(term.number);
     }
     convert(term.rows, term.number, offset, shape_.V, work_.row.data());
     *number = kOwn;
@@ -392,6 +335,7 @@ class Step {
   Workspace<T, S>& work_;
   const int64_t row_length_;  // V, or what the loops want at least
   const bool copies_;         // logits are changed or filled up
+  const bool fetches_;
   int64_t b_ = 0;
   bool bad_ = false;
 };
