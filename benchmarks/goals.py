@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from prunelm.benchmarks.bench_beam_step import VOCABULARIES
 from prunelm.benchmarks.bench_block_sparse_linear import BLOCKS, SHAPES, SMALL, SQUARE
 from prunelm.benchmarks.harness import RESULTS, device, table
 
@@ -177,7 +178,7 @@ def beam_step(rows: Sequence[Row]) -> Iterator[Line]:
     """Over the expression in torch, for each vocabulary."""
     for name, goal in BEAM.items():
         rows_are = "normalised in it" if name == "speedup_from_logits" else "normalised"
-        for V in (500, 2000, 5000):
+        for V in VOCABULARIES:
             speeds = (row[name] for row in rows if row["V"] == V and name in row)
             yield line(f"beam_step, V = {V}, LM rows {rows_are}", goal, speeds)
 

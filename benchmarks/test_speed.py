@@ -68,11 +68,11 @@ def low_rank(M: int, N: int, K: int, R: int) -> Pair:
 
 def beam_step(B: int, W: int, V: int) -> Pair:
     score, am_logits, weight = torch.randn(B, W), torch.randn(B, W, V), torch.full((B,), 0.3)
-    rows, row = torch.randn(B * W, V).log_softmax(-1), torch.randperm(B * W).view(B, W)
-    term = ((rows, row, weight),)
+    rows, row = torch.randn(B, W, V).log_softmax(-1), torch.arange(B * W).view(B, W)
+    term = ((rows.view(B * W, V), row, weight),)
     return (
         lambda: ops.beam_step(score, am_logits, term),
-        lambda: bench_beam_step.in_torch(score, am_logits, rows, row, weight),
+        lambda: bench_beam_step.in_torch(score, am_logits, rows, weight),
     )
 
 

@@ -102,10 +102,14 @@ inline RnntShape check_rnnt_loss(const Tensor& logits, const Tensor& targets,
 
 enum class Prune { late, early, after };
 
+inline const char* prune_name(Prune prune) {
+  return prune == Prune::late ? "late" : prune == Prune::early ? "early" : "after";
+}
+
 inline Prune prune_of(const std::string& name) {
-  if (name == "late") return Prune::late;
-  if (name == "early") return Prune::early;
-  if (name == "after") return Prune::after;
+  for (const Prune prune : {Prune::late, Prune::early, Prune::after}) {
+    if (name == prune_name(prune)) return prune;
+  }
   refuse("prune", "late, early or after", name);
 }
 
@@ -178,31 +182,6 @@ inline BeamShape check_beam_step(const Tensor& score, const Tensor& am_logits,
   }
   if (!(temperature > 0)) refuse("temperature", "a number above 0", std::to_string(temperature));
   return shape;
-}
-
-// What is read on the host only: slot codes, and the row numbers of hypotheses that may be
-// expanded.
-inline void check_beam_rows(const BeamShape& shape, const Tensor& score,
-                            const std::vector<Tensor>& rows, const std::vector<Tensor>& row,
-                            const std::optional<Tensor>& slot) {
-  const auto dead = [&](int64_t i) {
-    return score.scalar_type() == ScalarType::Float
-               ? std::isinf(static_cast<const float*>(score.data_ptr())[i])
-               : std::isinf(static_cast<const double*>(score.data_ptr())[i]);
-  };
-  const auto* codes = slot ? static_cast<const int64_t*>(slot->data_ptr()) : nullptr;
-  for (int64_t i = 0; codes && i < shape.B * shape.W; ++i) {
-    if (codes[i] < kExpand || codes[i] > kDead) refuse("slot", "0 to 3", std::to_string(codes[i]));
-  }
-  for (size_t t = 0; t < rows.size(); ++t) {
-    const auto* numbers = static_cast<const int64_t*>(row[t].data_ptr());
-    for (int64_t i = 0; i < shape.B * shape.W; ++i) {
-      if ((codes && codes[i] != kExpand) || dead(i)) continue;
-      if (numbers[i] < 0 || numbers[i] >= rows[t].size(0)) {
-        refuse("row", "0 to " + std::to_string(rows[t].size(0) - 1), std::to_string(numbers[i]));
-      }
-    }
-  }
 }
 
 struct TreeAttentionShape {

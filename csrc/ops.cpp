@@ -42,6 +42,7 @@ STABLE_TORCH_LIBRARY(prunelm, m) {
 
 namespace prunelm {
 void bind_prefix_tree(py::module_& m);
+void bind_beam_step(py::module_& m);
 void bind_block_sparse_linear(py::module_& m);
 void bind_low_rank_linear(py::module_& m);
 }  // namespace prunelm
@@ -49,6 +50,7 @@ void bind_low_rank_linear(py::module_& m);
 PYBIND11_MODULE(_C, m) {
   prunelm::bind_prefix_tree(m);
   prunelm::look_up_torch();
+  prunelm::bind_beam_step(m);
   prunelm::bind_block_sparse_linear(m);
   prunelm::bind_low_rank_linear(m);
   m.def("build_information", [] {

@@ -9,6 +9,20 @@ _Rows = tuple[_Ints, _Ints, _Ints, _Ints]
 def build_information() -> dict[str, object]: ...
 
 # Without torch's dispatcher; None where a call must go through it: see csrc/cpu/direct.h.
+def beam_step(
+    score: Tensor,
+    am_logits: Tensor,
+    terms: tuple[tuple[Tensor, Tensor, Tensor], ...],
+    slot: Tensor | None,
+    silent: tuple[int, ...],
+    token_reward: Tensor | float | None,
+    temperature: float,
+    blank_penalty: float,
+    prune: str,
+    weigh_blank: bool,
+    normalise: bool,
+    /,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None: ...
 def block_sparse_linear(
     x: Tensor,
     values: Tensor | None,

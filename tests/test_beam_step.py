@@ -259,6 +259,98 @@ def test_an_utterance_is_the_same_alone_and_in_a_batch(prune: Any) -> None:
             assert torch.equal(whole[one], single)
 
 
+VALUES = [-2.0, -1.0, -0.0, 0.0, 0.5, -INF]  # few, so that totals are equal often
+
+
+@pytest.mark.parametrize("prune", ["late", "early", "after"])
+@pytest.mark.parametrize("V", [1, 2, 15, 16, 17, 63, 64, 65, 130, 257])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_ties_and_the_impossible_in_rows_of_any_length(
+    dtype: torch.dtype, V: int, prune: Any
+) -> None:
+    g = torch.Generator().manual_seed(V)
+    for W in (1, 4, 40):
+
+        def some(*shape: int) -> Tensor:
+            picks = torch.randint(0, len(VALUES), shape, generator=g)
+            return torch.tensor(VALUES, dtype=dtype)[picks]
+
+        am_logits, score = some(6, W, V), some(6, W)
+        am_logits[0] = -INF
+        am_logits[1] = 0.5
+        score[2] = -0.0
+        terms = tuple(
+            (some(5, V), torch.randint(0, 5, (6, W), generator=g), torch.full((6,), 0.5).to(dtype))
+            for _ in range(2)
+        )
+        for n in range(3):
+            for silent in ((0,), tuple(dict.fromkeys((V - 1, V // 2)))):
+                arguments: dict[str, Any] = {"silent": silent, "prune": prune}
+                want = beam_step(score, am_logits, terms[:n], **arguments, backend="reference")
+                got = beam_step(score, am_logits, terms[:n], **arguments, backend="cpu")
+                assert torch.equal(got.bad, want.bad)
+                assert torch.equal(got.score.isinf(), want.score.isinf())
+                filled = ~want.score.isinf()
+                gap = (got.score - want.score)[filled].abs().max() if filled.any() else 0
+                assert gap <= 1e-5
+                # Equal logits give equal totals, to the bit; else rounding orders neighbours.
+                assert torch.equal(got.parent[1], want.parent[1]) or n
+                assert torch.equal(got.token[1], want.token[1]) or n
+
+
+@pytest.mark.parametrize("prune", ["late", "early", "after"])
+def test_two_candidates_alike_in_all_come_in_order(prune: Any) -> None:
+    g = torch.Generator().manual_seed(0)
+    am_logits = torch.randn(1, 1, 300, generator=g).expand(1, 3, 300).clone()
+    am_logits[..., 1::2] = am_logits[..., ::2]  # each token has a twin
+    rows = torch.randn(1, 300, generator=g)
+    rows[:, 1::2] = rows[:, ::2]
+    term = (rows, torch.zeros(1, 3, dtype=torch.int64), torch.ones(1))
+    got = beam_step(torch.tensor([[0.25, 0.25, 0.25]]), am_logits, (term,), prune=prune)
+    pairs = list(zip(got.parent[0].tolist(), got.token[0].tolist(), strict=True))
+    assert pairs == sorted(pairs) and len(set(pairs)) == 3
+    assert pairs[0][1] % 2 == 0 and pairs[1] == (0, pairs[0][1] + 1) and pairs[2][0] == 1
+
+
+def test_the_best_hypothesis_may_stand_anywhere() -> None:
+    values = {name: cast(x, torch.float32) for name, x in example(9, 12, 333, seed=8).items()}
+    best = beam_step(**values)
+    turned = torch.randperm(12)
+    moved = {name: values[name][:, turned] for name in ("score", "am_logits", "slot")}
+    terms = tuple((rows, row[:, turned], weight) for rows, row, weight in values["terms"])
+    got = beam_step(**{**values, **moved, "terms": terms})
+    assert torch.equal(got.score, best.score) and torch.equal(got.token, best.token)
+    filled = best.score != -INF
+    assert torch.equal(turned[got.parent][filled], best.parent[filled])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("rows_dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_rows_of_other_dtypes_are_those_numbers(
+    dtype: torch.dtype, rows_dtype: torch.dtype
+) -> None:
+    for V in (5, 100):
+        values = {name: cast(x, dtype) for name, x in example(3, 4, V, seed=1).items()}
+        stored = [(rows.to(rows_dtype), row, weight) for rows, row, weight in values["terms"]]
+        wide = [(rows.to(dtype), row, weight) for rows, row, weight in stored]
+        got = beam_step(**{**values, "terms": stored})
+        for one, other in zip(got, beam_step(**{**values, "terms": wide}), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_sums_that_overflow_are_no_reason_to_call_a_row_bad() -> None:
+    am_logits = torch.full((1, 2, 600), 3e38)
+    am_logits[0, :, 400:] = -INF
+    rows = torch.full((1, 600), 3e38)
+    rows[0, 3] = -INF
+    term = (rows, torch.zeros(1, 2, dtype=torch.int64), torch.ones(1))
+    want = beam_step(torch.zeros(1, 2), am_logits, (term,), backend="reference")
+    got = beam_step(torch.zeros(1, 2), am_logits, (term,))
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one, other)
+    assert not got.bad.any()
+
+
 def test_log_probs_are_as_accurate_as_torch() -> None:
     am_logits = torch.randn(8, 1, 5000) * 6
     exact = am_logits.double().log_softmax(-1)

@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
+#include <functional>
 #include <new>
+#include <numeric>
 #include <utility>
 
 namespace py = pybind11;
@@ -71,6 +74,19 @@ bool number_of(const dlpack::Tensor& tensor, Number& number) {
   return tensor.code == dlpack::kFloat;
 }
 
+int64_t numel_of(const dlpack::Tensor& tensor) {
+  return std::accumulate(tensor.shape, tensor.shape + tensor.ndim, int64_t{1}, std::multiplies());
+}
+
+bool is_contiguous(const dlpack::Tensor& tensor) {
+  int64_t numel = 1;
+  for (int32_t i = tensor.ndim - 1; i >= 0; --i) {
+    if (tensor.shape[i] != 1 && tensor.strides[i] != numel) return false;
+    numel *= tensor.shape[i];
+  }
+  return true;
+}
+
 // One after the other in memory; the stride of a single one is free.
 bool is_list(const dlpack::Tensor& tensor, int64_t size) {
   return tensor.ndim == 1 && tensor.shape[0] == size && (size <= 1 || tensor.strides[0] == 1);
@@ -99,14 +115,14 @@ bool activation_of(PyObject* given, Activation& activation) {
 
 }  // namespace
 
-bool unwatched(std::initializer_list<PyObject*> numbers) {
+bool unwatched(PyObject* const* numbers, size_t count) {
   if (!torch) return false;
   for (PyObject* const watcher : torch->watchers) {
     if (!says_no(PyObject_CallNoArgs(watcher))) return false;
   }
   PyObject* const level = PyDict_GetItemWithError(torch->forward_gradients, torch->level);
   if (!level || !PyLong_Check(level) || PyLong_AsLong(level) >= 0) return PyErr_Clear(), false;
-  return std::all_of(numbers.begin(), numbers.end(), [](PyObject* tensor) {
+  return std::all_of(numbers, numbers + count, [](PyObject* tensor) {
     return tensor == Py_None || says_no(PyObject_CallOneArg(torch->is_neg, tensor));
   });
 }
@@ -145,14 +161,16 @@ bool DirectRows::read(PyObject* x, int64_t K, Number weight) {
   const int64_t last = tensor.ndim - 1;
   if (last < 0 || K == 0 || tensor.shape[last] != K) return false;
   if (number != weight && (number != Number::f32 || weight == Number::f64)) return false;
-  int64_t numel = 1;
-  for (int64_t i = last; i >= 0; --i) {
-    if (tensor.shape[i] != 1 && tensor.strides[i] != numel) return false;
-    numel *= tensor.shape[i];
-  }
-  view = {tensor.data, number, numel / K, K, K};
+  if (!is_contiguous(tensor)) return false;
+  view = {tensor.data, number, numel_of(tensor) / K, K, K};
   return view.rows > 0;
 }
+
+bool DirectArray::read(PyObject* given, int32_t ndim) {
+  return prunelm::read(given, tensor) && tensor.ndim == ndim && is_contiguous(tensor);
+}
+
+bool DirectArray::number(Number& number) const { return number_of(tensor, number); }
 
 // A result as it is handed to Python; its numbers follow.
 struct alignas(64) DirectResult::Block {
@@ -205,6 +223,74 @@ PyObject* DirectResult::tensor() && {
   void* made = nullptr;
   if (torch->exchange->managed_to_object(&block_->managed, &made) == 0) block_.release();
   return static_cast<PyObject*>(made);
+}
+
+struct alignas(64) DirectResults::Block {
+  struct Item {
+    dlpack::ManagedTensor managed;
+    int64_t shape[4], strides[4];
+  };
+  std::atomic<size_t> holders;
+  Item items[1];  // as many as there are arrays, then their numbers
+};
+
+DirectResults::DirectResults(std::initializer_list<Array> arrays) : count_(arrays.size()) {
+  constexpr size_t kLine = alignof(Block);
+  const auto whole_lines = [](size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; };
+  const auto bytes_of = [&](const Array& array) {
+    return std::accumulate(array.shape.begin(), array.shape.end(), size_t(array.bits / 8),
+                           std::multiplies());
+  };
+  const size_t head = whole_lines(sizeof(Block) + (count_ - 1) * sizeof(Block::Item));
+  size_t bytes = head;
+  for (const Array& array : arrays) bytes += whole_lines(bytes_of(array));
+  block_ = new (::operator new(bytes, std::align_val_t{kLine})) Block;
+  block_->holders = count_;
+  char* data = reinterpret_cast<char*>(block_) + head;
+  Block::Item* item = block_->items;
+  for (const Array& array : arrays) {
+    const auto ndim = int32_t(array.shape.size());
+    std::copy(array.shape.begin(), array.shape.end(), item->shape);
+    int64_t stride = 1;
+    for (int32_t i = ndim - 1; i >= 0; --i) {
+      item->strides[i] = stride;
+      stride *= item->shape[i];
+    }
+    item->managed = {
+        dlpack::kMajorVersion,
+        dlpack::kMinorVersion,
+        block_,
+        [](dlpack::ManagedTensor* self) { let_go(static_cast<Block*>(self->context)); },
+        0,
+        {data, dlpack::kCPU, 0, ndim, array.code, array.bits, 1, item->shape, item->strides, 0}};
+    data += whole_lines(bytes_of(array));
+    ++item;
+  }
+}
+
+void DirectResults::let_go(Block* block) {
+  if (--block->holders == 0) ::operator delete(block, std::align_val_t{alignof(Block)});
+}
+
+DirectResults::~DirectResults() {
+  for (; handed_ < count_; ++handed_) let_go(block_);
+}
+
+void* DirectResults::operator[](size_t i) const { return block_->items[i].managed.tensor.data; }
+
+PyObject* DirectResults::tuple() {
+  PyObject* const made = PyTuple_New(Py_ssize_t(count_));
+  if (!made) return nullptr;
+  for (size_t i = 0; i < count_; ++i) {
+    void* tensor = nullptr;
+    if (torch->exchange->managed_to_object(&block_->items[i].managed, &tensor) != 0) {
+      Py_DECREF(made);
+      return nullptr;
+    }
+    ++handed_;
+    PyTuple_SET_ITEM(made, Py_ssize_t(i), static_cast<PyObject*>(tensor));
+  }
+  return made;
 }
 
 void look_up_torch() {

@@ -10,6 +10,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <exception>
 #include <initializer_list>
@@ -24,7 +26,10 @@ namespace prunelm {
 
 // Whether this thread's calls may go past the dispatcher, and memory holds what these tensors say;
 // None is no tensor. Asked before anything is read, since the answer may run Python.
-bool unwatched(std::initializer_list<PyObject*> numbers);
+bool unwatched(PyObject* const* numbers, size_t count);
+inline bool unwatched(std::initializer_list<PyObject*> numbers) {
+  return unwatched(numbers.begin(), numbers.size());
+}
 
 // What follows is false where the call must go through the dispatcher. What has been read is good
 // until Python runs again.
@@ -59,6 +64,41 @@ class DirectResult {
   };
   std::unique_ptr<Block, Delete> block_;
   LinearResult view_;
+};
+
+// One number after the other.
+struct DirectArray {
+  dlpack::Tensor tensor;
+
+  bool read(PyObject* given, int32_t ndim);
+  bool has(dlpack::Code code, uint8_t bits) const {
+    return tensor.code == code && tensor.bits == bits;
+  }
+  bool has_shape(std::initializer_list<int64_t> shape) const {
+    return std::equal(shape.begin(), shape.end(), tensor.shape, tensor.shape + tensor.ndim);
+  }
+  bool number(Number& number) const;
+};
+
+// Several results in one piece of memory, which the last of them lets go.
+class DirectResults {
+ public:
+  struct Array {
+    uint8_t code, bits;
+    std::initializer_list<int64_t> shape;  // up to 4 sizes
+  };
+
+  DirectResults(std::initializer_list<Array> arrays);
+  DirectResults(const DirectResults&) = delete;
+  ~DirectResults();
+  void* operator[](size_t i) const;
+  PyObject* tuple();
+
+ private:
+  struct Block;
+  static void let_go(Block* block);
+  Block* block_;
+  size_t count_, handed_ = 0;
 };
 
 // Lets other Python threads run beside a product that takes longer than handing over does.

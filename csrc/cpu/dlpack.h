@@ -9,7 +9,7 @@ namespace prunelm::dlpack {
 
 constexpr uint32_t kMajorVersion = 1, kMinorVersion = 3;
 constexpr int32_t kCPU = 1;
-enum Code : uint8_t { kInt = 0, kFloat = 2, kBfloat = 4 };
+enum Code : uint8_t { kInt = 0, kFloat = 2, kBfloat = 4, kBool = 6 };
 
 struct Tensor {
   void* data;

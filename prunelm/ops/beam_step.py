@@ -5,7 +5,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
+import prunelm._C
 from prunelm.ops import _library  # noqa: F401  (loads the extension)
 from prunelm.ops.backend import WITH_CUDA, WITH_TRITON, triton_is_interpreted
 
@@ -15,6 +17,8 @@ Backend = Literal["reference", "cpu", "cuda", "triton"]
 
 EXPAND, BLANK_ONLY, KEEP, DEAD = range(4)
 _LEAST_NOT_BLANK = 0.01  # NeMo's clamp of 1 - P(blank)
+
+_direct = prunelm._C.beam_step
 
 
 class BeamStep(NamedTuple):
@@ -39,6 +43,7 @@ def beam_step(
     blank_penalty: float = 0.0,
     prune: Prune = "late",
     weigh_blank: bool = False,
+    normalise: bool = False,
     backend: Backend | None = None,
 ) -> BeamStep:
     """The best W extensions of W hypotheses of each utterance.
@@ -55,6 +60,9 @@ def beam_step(
       W of all are chosen (NeMo's "early").
     * "after": the best W of all by score + lp are chosen, then get their terms, and stay in the
       order in which they were chosen (icefall's modified_beam_search).
+
+    `normalise`: rows hold logits, and it is their log_softmax that counts. Rows that are read in
+    many steps are better normalised once.
 
     `weigh_blank` is NeMo's "lm_weighted_full": with a = sum_i weight_i, blank gets (1 + a) lp
     instead of lp, and a token that is not silent gets a * log(max(1 - P(blank), 0.01)) more.
@@ -86,16 +94,27 @@ def beam_step(
         parts [B, W, 1 + len(terms)], score's dtype: lp, then what each term added, weight
         included, so that score = score[parent] + parts.sum(-1) + reward; bad [B] bool.
         Slots are filled from the first; empty ones hold -inf, their own index, blank and zeros.
+        Their memory need not be torch's own: it can be written to, but not resized in place.
 
     Raises:
         ValueError: the backend or `prune` is unknown, or the backend cannot run this.
         RuntimeError: a shape, dtype or index is not as above.
     """
+    if backend is None and not is_compiling():
+        chosen = _direct(
+            score, am_logits, tuple(terms), slot, tuple(silent), token_reward,
+            temperature, blank_penalty, prune, weigh_blank, normalise,
+        )  # fmt: skip
+        if chosen is not None:
+            return BeamStep._make(chosen)
     if prune not in ("late", "early", "after"):
         raise ValueError(f"prune: expected late, early or after, got {prune!r}")
     run = _runner(am_logits.device, backend)
     if am_logits.dtype in (torch.float16, torch.bfloat16):
         am_logits = am_logits.float()
+    if normalise:
+        dtype = am_logits.dtype
+        terms = [(rows.to(dtype).log_softmax(-1), row, weight) for rows, row, weight in terms]
     if isinstance(token_reward, (int, float)):
         token_reward = score.new_full(score.shape[:1], token_reward) if token_reward else None
     out = run(
@@ -152,6 +171,7 @@ def beam_step_reference(
     blank_penalty: float = 0.0,
     prune: Prune = "late",
     weigh_blank: bool = False,
+    normalise: bool = False,
 ) -> BeamStep:
     """beam_step in plain torch, on any device; differentiable by autograd."""
     return beam_step(
@@ -165,6 +185,7 @@ def beam_step_reference(
         blank_penalty=blank_penalty,
         prune=prune,
         weigh_blank=weigh_blank,
+        normalise=normalise,
         backend="reference",
     )
 
