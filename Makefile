@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp')
 
-SANITIZED = beam_step beam_step_direct block_sparse_linear direct low_rank_linear prefix_tree rnnt_loss tree_attention
+SANITIZED = beam_step beam_step_direct block_sparse_linear direct direct_guards low_rank_linear prefix_tree rnnt_loss tree_attention
 
 .PHONY: build demo test lint sanitize bench clean
 
