@@ -54,6 +54,7 @@ def measure(B: int, W: int, V: int, threads: int, compiled: bool) -> dict[str, A
     if not (ours.parent == theirs[1]).all() or not (ours.token == theirs[2]).all():
         raise RuntimeError(f"beam_step: expected torch's choice at B={B} W={W} V={V}")
     if compiled:
+        torch.compiler.reset()  # it gives up after some shapes
         step = torch.compile(in_torch, dynamic=False)
         calls["torch_compiled"] = lambda: step(score, am_logits, rows, weight)
     with torch.inference_mode():
