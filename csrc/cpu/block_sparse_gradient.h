@@ -73,11 +73,18 @@ void grad_x_of_panels(const BlockSparseView& w, const MatrixView& grad, void* sc
       values += tiles.rows(t) * w.bn;
     }
   }
-  alignas(64) C turned[kPassRows * kWidth];
-  for (int64_t k = 0; k < w.K; k += kWidth) {
-    const int here = int(columns - k < kWidth ? columns - k : kWidth);
-    turn(sums + k * lanes, lanes, here, grad.rows, turned);
-    finish_rows(turned, k, kWidth, 0, grad.rows, out);
+  // Eight rows at a time, so that each is written from its beginning to its end.
+  auto* const to = static_cast<C*>(out.data);
+  for (int64_t m = 0; m < grad.rows; m += kPackRows) {
+    const int64_t rows = grad.rows - m < kPackRows ? grad.rows - m : kPackRows;
+    int64_t k = 0;
+    for (; k + kPackRows <= w.K; k += kPackRows) {
+      pack_transposed(sums + k * lanes + m, lanes, kPackRows, rows, to + m * out.columns + k,
+                      out.columns);
+    }
+    for (; k < w.K; ++k) {
+      for (int64_t i = m; i < m + rows; ++i) to[i * out.columns + k] = sums[k * lanes + i];
+    }
   }
 }
 
@@ -146,12 +153,7 @@ void add_columns(const C* const* column, const C* panel, int64_t rows, bool firs
   for (int64_t begin = 0; begin < rows; begin += kRun) {
     const int64_t end = begin + kRun < rows ? begin + kRun : rows;
     sum.clear();
-    for (int64_t m = begin; m < end; ++m) {
-      C numbers[R];
-#pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) numbers[i] = own[i][m];
-      sum.add(numbers, panel + m * kWidth);
-    }
+    for (int64_t m = begin; m < end; ++m) sum.add(own, m, panel + m * kWidth);
     if (begin || !first) sum.add_from(values, stride);
     sum.put(values, stride);
   }

@@ -36,27 +36,42 @@ struct Sums {
   // sums[i][:] += a[i] * b[:]
   template <typename A, typename B>
   PRUNELM_INLINE void add(const A* a, const B* b) {
-    V wide[kParts];
-#pragma GCC unroll 4
-    for (int p = 0; p < kParts; ++p) wide[p] = load<V>(b + p * kLanes);
-    const auto add_row = [&](int i, V x) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-      for (int p = 0; p < kParts; ++p) part[i][p] = fused(x, wide[p], part[i][p]);
-    };
-    int first = 0;
 #if defined(__AVX2__)
     // Loads are what takes longest: four rows come in one.
     if constexpr (__is_same(A, float) && R >= 4) {
       const V four = load_four<V>(a);
-      add_row(0, splat<0>(four));
-      add_row(1, splat<1>(four));
-      add_row(2, splat<2>(four));
-      add_row(3, splat<3>(four));
-      first = 4;
+      return add_each(b, [&](auto i) __attribute__((always_inline)) {
+        if constexpr (i.value < 4) return splat<i.value>(four);
+        if constexpr (i.value >= 4) return broadcast<V>(a[i.value]);
+      });
     }
 #endif
-#pragma GCC unroll 8
-    for (int i = first; i < R; ++i) add_row(i, broadcast<V>(widen(a[i])));
+    add_each(
+        b, [&](auto i) __attribute__((always_inline)) { return broadcast<V>(widen(a[i.value])); });
+  }
+
+  // sums[i][:] += a[i][at] * b[:]
+  PRUNELM_INLINE void add(const C* const* a, int64_t at, const C* b) {
+    add_each(b,
+             [&](auto i) __attribute__((always_inline)) { return broadcast<V>(a[i.value][at]); });
+  }
+
+  // sums[i][:] += value(i) * b[:], a row after the other: there are no registers for all values.
+  template <typename B, typename Value>
+  PRUNELM_INLINE void add_each(const B* b, Value value) {
+    V wide[kParts];
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts; ++p) wide[p] = load<V>(b + p * kLanes);
+    add_rows(wide, value);
+  }
+  template <int first = 0, typename Value>
+  PRUNELM_INLINE void add_rows(const V (&wide)[kParts], Value value) {
+    if constexpr (first < R) {
+      const V x = value(Constant<first>{});
+#pragma GCC unroll 4
+      for (int p = 0; p < kParts; ++p) part[first][p] = fused(x, wide[p], part[first][p]);
+      add_rows<first + 1>(wide, value);
+    }
   }
 
   // sums[i][:] += from[i * row + 0:16]
