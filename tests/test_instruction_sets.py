@@ -1,6 +1,7 @@
 """The CPU kernels' tests once more with every instruction set that the processor has."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,3 +47,20 @@ def test_a_set_that_is_unknown_or_that_the_processor_lacks_is_refused() -> None:
         wanted = f"PRUNELM_ISA: expected portable to {SETS[-1]} on this processor, got {asked}"
         assert result.returncode != 0
         assert wanted in result.stderr
+
+
+def test_nothing_of_one_set_can_stand_for_anothers() -> None:
+    """A linker keeps one of the functions that several objects define in common: it might be one
+    that an older processor cannot run."""
+    objects = sorted(Path(__file__).parent.parent.glob("build/editable/*_simd_*.o"))
+    if not objects or shutil.which("nm") is None:
+        pytest.skip("no objects of an editable build, or no nm")
+    assert {p.stem.rpartition("_")[2] for p in objects} >= set(SETS)
+    for path in objects:
+        result = subprocess.run(
+            ["nm", "--defined-only", str(path)], capture_output=True, text=True, check=True
+        )
+        kinds = [line.split()[1] for line in result.stdout.splitlines()]
+        assert kinds
+        common = [line for line in result.stdout.splitlines() if line.split()[1] in "VvWwu"]
+        assert common == [], path.name

@@ -165,7 +165,6 @@ void forward_lines(const BlockSparseView& w, const C* packed, int64_t begin, int
       const int64_t each = std::min<int64_t>(w.bn - first, kWidth);
       const int64_t n = r * w.bn + first, here = std::min(count * each, w.N - n);
       if (here <= 0) break;
-      fetch_result(n, 0, y.rows, y);
       Line<W> of[kWidth] = {};
       for (int64_t l = 0; l < count; ++l) {
         const int64_t at = w.crow[r + l];

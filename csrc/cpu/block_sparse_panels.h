@@ -107,7 +107,6 @@ __attribute__((noinline)) void add_chunk(const Blocks<BK, BN>& blocks, const Pan
   const int64_t ahead = R * K, in_run = blocks.in_run;
   for (; tiles > 0; --tiles, x += ahead, row += R, total += R * kWidth) {
     Position at = chunk.at;
-    if (chunk.end == chunk.count && tiles > 1) fetch_result(panel.n, row + R, R, y);
     Sums<R, C> sum;
     sum.clear();
     for (int64_t r = chunk.begin; r < chunk.end; ++r) {

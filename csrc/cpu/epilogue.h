@@ -61,13 +61,5 @@ PRUNELM_INLINE void finish(Sums<R, C>& sum, int64_t n, int64_t first, const Line
   finish_rows(sums, n, kWidth, first, R, y);
 }
 
-// Brings y[first:first + rows, n:n + 16] near before it is written: a store that misses the caches
-// holds up those after it.
-PRUNELM_INLINE void fetch_result(int64_t n, int64_t first, int64_t rows, const LinearResult& y) {
-  const int64_t bytes = y.number == Number::f64 ? 8 : y.number == Number::f32 ? 4 : 2;
-  const char* const at = static_cast<const char*>(y.data) + (first * y.columns + n) * bytes;
-  for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(at + i * y.columns * bytes, 1);
-}
-
 }  // namespace
 }  // namespace prunelm::PRUNELM_ISA
