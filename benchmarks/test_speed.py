@@ -115,7 +115,7 @@ CASES = (
         Case("low_rank_linear", {"M": M, "N": 1024, "K": 1024, "R": 128}, low_rank, "over_two")
         for M in (1, 8, 64)
     ),
-    Case("beam_step", {"B": 8, "W": 4, "V": 2000}, beam_step),
+    Case("beam_step", {"B": 8, "W": 4, "V": 1000}, beam_step),
     Case("rnnt_loss", {"B": 32, "T": 80, "U1": 45, "V": 29}, rnnt_loss),
     Case("tree_attention", {"R": 32, "P": 32}, tree_attention),
 )  # fmt: skip
