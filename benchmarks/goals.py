@@ -186,12 +186,15 @@ def beam_step(rows: Sequence[Row]) -> Iterator[Line]:
 def calls(rows: Sequence[Row]) -> Iterator[Line]:
     """Microseconds beside an empty op."""
     for name in ("block_sparse_linear", "low_rank_linear"):
-        over = (
-            max(row["over_empty"], 0.0)
+        what = f"call of {name}, us over an empty op"
+        found = [
+            row["over_empty"]
             for row in rows
             if (row["mode"], row["call"]) == ("inference_mode", name)
-        )
-        yield line(f"call of {name}, us over an empty op", OVER_EMPTY_US, over, most=True)
+        ]
+        # Below an empty op it is negative, of which there is no geometric mean.
+        worst = max(found, default=None)
+        yield Line(what, OVER_EMPTY_US, worst, worst, len(found), most=True)
 
 
 def model(rows: Sequence[Row]) -> Iterator[Line]:

@@ -2,15 +2,12 @@
 
 import gc
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from listeners import LISTENERS, listening
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.overrides import BaseTorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import prunelm._C
 from prunelm.ops.beam_step import beam_step
@@ -167,28 +164,11 @@ def test_each_result_lives_alone_and_can_be_written() -> None:
         assert not kept.any()
 
 
-class Watching(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize(
-    "context",
-    [
-        nullcontext,
-        forward_ad.dual_level,
-        lambda: torch.autocast("cpu", torch.bfloat16),
-        Watching,
-        BaseTorchFunctionMode,
-        lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]),
-    ],
-    ids=["grad", "forward_ad", "autocast", "dispatch_mode", "function_mode", "profiler"],
-)
-def test_whoever_listens_gets_the_op(context: Callable[[], Any]) -> None:
+@pytest.mark.parametrize("kind", LISTENERS)
+def test_whoever_listens_gets_the_op(kind: str) -> None:
     values = example()
     want = through_dispatcher(values)
-    without = nullcontext() if context is nullcontext else torch.no_grad()
-    with without, context():
+    with listening(kind):
         assert direct(values) is None
         got = beam_step(**values)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

@@ -1,15 +1,12 @@
 """What must not go past the dispatcher does not, and is as right or as refused as by the op."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from listeners import LISTENERS, listening
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.overrides import BaseTorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import prunelm._C
 from prunelm import BlockSparse, ops
@@ -39,28 +36,11 @@ def through_dispatcher(x: Tensor, w: BlockSparse) -> Tensor:
     return y
 
 
-class Watching(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize(
-    "context",
-    [
-        nullcontext,
-        forward_ad.dual_level,
-        lambda: torch.autocast("cpu", torch.bfloat16),
-        Watching,
-        BaseTorchFunctionMode,
-        lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]),
-    ],
-    ids=["grad", "forward_ad", "autocast", "dispatch_mode", "function_mode", "profiler"],
-)
-def test_whoever_listens_gets_the_op(context) -> None:
+@pytest.mark.parametrize("kind", LISTENERS)
+def test_whoever_listens_gets_the_op(kind: str) -> None:
     weight, x = weight_of(), torch.randn(5, 60)
     packed = PackedLowRankLinear(LowRankLinear(60, 40, 8))
-    without = nullcontext() if context is nullcontext else torch.no_grad()
-    with without, context():
+    with listening(kind):
         assert direct(x, weight) is None and direct_low_rank(x, packed.down, packed.up) is None
         got = ops.block_sparse_linear(x, weight)
     want = through_dispatcher(x, weight)

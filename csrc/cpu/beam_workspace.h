@@ -86,10 +86,6 @@ struct Workspace {
   std::vector<int64_t> order, found;
 };
 
-constexpr int64_t bytes_of(Number number) {
-  return number == Number::f64 ? 8 : number == Number::f32 ? 4 : 2;
-}
-
 // Has a row's beginning fetched while something else is computed: the processor follows a row by
 // itself, but does not know where the next one lies.
 inline void expect(const void* row, int64_t bytes) {

@@ -102,6 +102,17 @@ bool size_of(PyObject* given, int64_t& size) {
   return 0 <= size && size <= INT32_MAX;
 }
 
+// What is handed to Python: the tensor with the strides of one that lies in order.
+dlpack::ManagedTensor contiguous(const dlpack::Tensor& tensor, void* context,
+                                 void (*deleter)(dlpack::ManagedTensor*)) {
+  int64_t stride = 1;
+  for (int32_t i = tensor.ndim - 1; i >= 0; --i) {
+    tensor.strides[i] = stride;
+    stride *= tensor.shape[i];
+  }
+  return {dlpack::kMajorVersion, dlpack::kMinorVersion, context, deleter, 0, tensor};
+}
+
 bool activation_of(PyObject* given, Activation& activation) {
   if (given == Py_None) return activation = Activation::none, true;
   if (!PyUnicode_Check(given)) return false;
@@ -202,20 +213,12 @@ bool DirectResult::prepare(const DirectRows& x, int64_t N, Number weight, PyObje
   Block* const block = new (memory) Block;
   block_.reset(block);
   view_.data = block + 1;
-  int64_t stride = 1;
-  for (int64_t i = ndim - 1; i >= 0; --i) {
-    block->shape[i] = i == ndim - 1 ? N : x.tensor.shape[i];
-    block->strides[i] = stride;
-    stride *= block->shape[i];
-  }
-  block->managed = {
-      dlpack::kMajorVersion,
-      dlpack::kMinorVersion,
-      block,
-      [](dlpack::ManagedTensor* self) { Delete()(static_cast<Block*>(self->context)); },
-      0,
+  std::copy(x.tensor.shape, x.tensor.shape + ndim - 1, block->shape);
+  block->shape[ndim - 1] = N;
+  block->managed = contiguous(
       {view_.data, dlpack::kCPU, 0, int32_t(ndim), x.tensor.code, x.tensor.bits, 1, block->shape,
-       block->strides, 0}};
+       block->strides, 0},
+      block, [](dlpack::ManagedTensor* self) { Delete()(static_cast<Block*>(self->context)); });
   return true;
 }
 
@@ -251,18 +254,9 @@ DirectResults::DirectResults(std::initializer_list<Array> arrays) : count_(array
   for (const Array& array : arrays) {
     const auto ndim = int32_t(array.shape.size());
     std::copy(array.shape.begin(), array.shape.end(), item->shape);
-    int64_t stride = 1;
-    for (int32_t i = ndim - 1; i >= 0; --i) {
-      item->strides[i] = stride;
-      stride *= item->shape[i];
-    }
-    item->managed = {
-        dlpack::kMajorVersion,
-        dlpack::kMinorVersion,
-        block_,
-        [](dlpack::ManagedTensor* self) { let_go(static_cast<Block*>(self->context)); },
-        0,
-        {data, dlpack::kCPU, 0, ndim, array.code, array.bits, 1, item->shape, item->strides, 0}};
+    item->managed = contiguous(
+        {data, dlpack::kCPU, 0, ndim, array.code, array.bits, 1, item->shape, item->strides, 0},
+        block_, [](dlpack::ManagedTensor* self) { let_go(static_cast<Block*>(self->context)); });
     data += whole_lines(bytes_of(array));
     ++item;
   }

@@ -45,17 +45,15 @@ inline MatrixView matrix_view(const char* name, const Tensor& x, int64_t columns
 }
 
 inline MatrixView rows_of(const MatrixView& x, int64_t first, int64_t count) {
-  const int64_t bytes = x.number == Number::f64 ? 8 : x.number == Number::f32 ? 4 : 2;
   MatrixView part = x;
-  part.data = static_cast<const char*>(x.data) + first * x.stride * bytes;
+  part.data = static_cast<const char*>(x.data) + first * x.stride * bytes_of(x.number);
   part.rows = count;
   return part;
 }
 
 inline LinearResult rows_of(const LinearResult& y, int64_t first, int64_t count) {
-  const int64_t bytes = y.number == Number::f64 ? 8 : y.number == Number::f32 ? 4 : 2;
   LinearResult part = y;
-  part.data = static_cast<char*>(y.data) + first * y.columns * bytes;
+  part.data = static_cast<char*>(y.data) + first * y.columns * bytes_of(y.number);
   part.rows = count;
   return part;
 }

@@ -7,6 +7,10 @@ namespace prunelm {
 
 enum class Number { f32, f64, bf16, f16 };
 
+constexpr int64_t bytes_of(Number number) {
+  return number == Number::f64 ? 8 : number == Number::f32 ? 4 : 2;
+}
+
 // What a linear op does to its result; the codes of prunelm/ops/activation.py.
 enum class Activation : int64_t { none, relu, gelu, silu };
 
