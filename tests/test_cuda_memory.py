@@ -4,22 +4,19 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "cuda_emulation"))
-from emulated import SOURCES, compile_kernels
+from cuda_emulation.emulated import SOURCES, compile_kernels
 
 KERNELS = sorted(SOURCES.glob("cuda/*.cu"))
 
 
-def sanitized(sanitizer: str, folder: Path, sources: Path = SOURCES) -> str:
-    """What the sanitizer says of all kernels; empty if it is content."""
+def sanitized(op: str, sanitizer: str, folder: Path, sources: Path = SOURCES) -> str:
+    """What the sanitizer says of an op's kernels; empty if it is content."""
     flags = (f"-fsanitize={sanitizer}", "-DCUDA_EMULATION_THREADS", "-O0")
     program = folder / sanitizer
-    compile_kernels("memory.cpp", program, *flags, sources=sources)
+    compile_kernels(f"memory_{op}.cpp", program, *flags, sources=sources, op=op)
     # ThreadSanitizer wants the old layout of addresses.
     fixed = ["setarch", "-R"] if shutil.which("setarch") else []
     result = subprocess.run(
@@ -33,12 +30,13 @@ def sanitized(sanitizer: str, folder: Path, sources: Path = SOURCES) -> str:
 
 
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
-def test_kernels_are_clean(sanitizer: str, tmp_path: Path) -> None:
-    assert sanitized(sanitizer, tmp_path) == ""
+@pytest.mark.parametrize("op", [kernel.stem for kernel in KERNELS])
+def test_kernels_are_clean(op: str, sanitizer: str, tmp_path: Path) -> None:
+    assert sanitized(op, sanitizer, tmp_path) == ""
 
 
 def planted(tmp_path: Path, kernel: Path, text: str) -> Path:
-    """A copy of the sources with `text` as that kernel, and the other kernels as they are."""
+    """A copy of the sources with `text` as that kernel."""
     sources = tmp_path / "csrc"
     shutil.copytree(SOURCES / "cuda", sources / "cuda")
     (sources / "cuda" / kernel.name).write_text(text)
@@ -57,7 +55,7 @@ BARRIERS = [
 def test_every_barrier_is_needed(kernel: Path, span: tuple[int, int], tmp_path: Path) -> None:
     text = kernel.read_text()
     sources = planted(tmp_path, kernel, text[: span[0]] + text[span[1] :])
-    assert "ThreadSanitizer" in sanitized("thread", tmp_path, sources)
+    assert "ThreadSanitizer" in sanitized(kernel.stem, "thread", tmp_path, sources)
 
 
 @pytest.mark.slow
@@ -76,4 +74,4 @@ def test_an_off_by_one_is_caught(name: str, old: str, new: str, tmp_path: Path) 
     text = kernel.read_text()
     assert text.count(old) == 1
     sources = planted(tmp_path, kernel, text.replace(old, new))
-    assert "AddressSanitizer" in sanitized("address", tmp_path, sources)
+    assert "AddressSanitizer" in sanitized(name, "address", tmp_path, sources)

@@ -15,9 +15,11 @@ ACTIVATIONS = (None, "relu", "gelu", "silu")
 PRUNE = ("late", "early", "after")
 
 
-def compile_kernels(main: str, to: Path, *flags: str, sources: Path = SOURCES) -> None:
-    """Compiles every .cu of `sources` with the emulation and `main` of this folder."""
-    files = [*sorted(sources.glob("cuda/*.cu")), FOLDER / main]
+def compile_kernels(
+    main: str, to: Path, *flags: str, sources: Path = SOURCES, op: str = "*"
+) -> None:
+    """Compiles an op's .cu of `sources` (all by default), and `main` of this folder."""
+    files = [*sorted(sources.glob(f"cuda/{op}.cu")), FOLDER / main]
     subprocess.run(
         ["g++", "-std=c++20", f"-I{FOLDER}", f"-I{sources}", *flags, "-x", "c++"]
         + [str(file) for file in files]
@@ -182,3 +184,10 @@ class Kernels:
         codes = DTYPES.index(am_logits.dtype), DTYPES.index(score.dtype)
         self._launch("beam_step", op, *codes)
         return out
+
+
+def assert_accurate(y: Tensor, truth: Tensor, size: Tensor) -> None:
+    """y [M, N] against float64; `size` [M, N] is what it sums over, all positive."""
+    allowed = 4 * torch.finfo(y.dtype).eps * size + 1e-6
+    error = (y.double() - truth).abs()
+    assert bool((error <= allowed).all()), f"largest error {error.max()}"

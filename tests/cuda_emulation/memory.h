@@ -1,0 +1,34 @@
+// What the memory_<op>.cpp share: each runs an op's kernels on small odd shapes, every tensor in a
+// heap block of its exact size. Built with AddressSanitizer it is a bounds checker, with
+// ThreadSanitizer a race checker.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "cuda/launch.h"
+
+using namespace prunelm::cuda;
+
+inline std::vector<float> random(int64_t size) {
+  static std::mt19937 generator(0);
+  std::normal_distribution<float> normal;
+  std::vector<float> out(size);
+  for (float& x : out) x = normal(generator);
+  return out;
+}
+
+inline bool ok = true;
+
+// Says what went wrong; an element that nobody wrote, or that came from such a one, is NaN.
+inline void report(const char* name, const char* error, const std::vector<float>& out) {
+  for (const float x : out) {
+    if (x != x) error = "an element is NaN";
+  }
+  if (error) std::fprintf(stderr, "%s: %s\n", name, error);
+  ok = ok && !error;
+}
