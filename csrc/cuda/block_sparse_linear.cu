@@ -85,13 +85,13 @@ __global__ void grad_values_kernel(BlockSparseGradient op) {
 
 const char* launch_block_sparse_linear_grad_x(const BlockSparseGradient& op, void* stream) {
   if (op.M * op.K == 0) return nullptr;
-  return launch(grad_x_kernel, ceil_div(op.M * op.K, kThreads), dim3{kThreads}, 0, stream, op);
+  return launch(grad_x_kernel, {ceil_div(op.M * op.K, kThreads), dim3{kThreads}}, stream, op);
 }
 
 const char* launch_block_sparse_linear_grad_values(const BlockSparseGradient& op, void* stream) {
   const int64_t count = op.nnz * op.bk * op.bn;
   if (count == 0) return nullptr;
-  return launch(grad_values_kernel, ceil_div(count, kThreads), dim3{kThreads}, 0, stream, op);
+  return launch(grad_values_kernel, {ceil_div(count, kThreads), dim3{kThreads}}, stream, op);
 }
 
 const char* launch_block_sparse_linear(const BlockSparseLinear& op, DType dtype,
@@ -99,7 +99,7 @@ const char* launch_block_sparse_linear(const BlockSparseLinear& op, DType dtype,
   if (op.M == 0 || op.N == 0) return nullptr;
   const int64_t blocks = ceil_div(op.N, kWarp) * ceil_div(op.M, kRows);
   return with_dtype(dtype, [&](auto zero) {
-    return launch(block_sparse_linear_kernel<decltype(zero)>, blocks, dim3{kWarp, kRows}, 0, stream,
+    return launch(block_sparse_linear_kernel<decltype(zero)>, {blocks, dim3{kWarp, kRows}}, stream,
                   op, activation);
   });
 }

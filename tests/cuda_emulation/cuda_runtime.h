@@ -1,7 +1,7 @@
 // CUDA kernels on the CPU, for tests only: with this folder first on the include path, g++ builds a
-// .cu file as it stands. Blocks run one after another; inside a block each CUDA thread is a fiber
-// (fast, and always in the same order, so that a missing barrier gives the same wrong result every
-// time), or with CUDA_EMULATION_THREADS a std::thread (so that ThreadSanitizer reports it).
+// .cu file as it stands. Clusters of blocks run one after another; inside one each CUDA thread is a
+// fiber (fast, and always in the same order, so that a missing barrier gives the same wrong result
+// every time), or with CUDA_EMULATION_THREADS a std::thread (so that ThreadSanitizer reports it).
 // Shared memory starts as 0xFF bytes, which are NaN. Not emulated: speed, partial warps and masks,
 // poison in static __shared__ arrays, streams.
 #pragma once
@@ -67,52 +67,82 @@ class Barrier {
  public:
   explicit Barrier(int count) : count_(count), missing_(count) {}
 
-  void arrive_and_wait() {
-    const int round = round_.load(std::memory_order_relaxed);
-    if (arrive()) return;
-#ifdef CUDA_EMULATION_THREADS
-    while (round_.load(std::memory_order_acquire) == round) {
-      syscall(SYS_futex, &round_, FUTEX_WAIT_PRIVATE, round, nullptr, nullptr, 0);
-    }
-#else
-    running->blocked = [this, round] { return round == round_; };
-    swapcontext(&running->context, &scheduler);
-#endif
-  }
+  void arrive_and_wait() { wait(arrive()); }
 
   void leave() {
     --count_;
     arrive();
   }
 
- private:
-  bool arrive() {
-    if (missing_.fetch_sub(1, std::memory_order_acq_rel) > 1) return false;
-    missing_.store(count_, std::memory_order_relaxed);
-    round_.fetch_add(1, std::memory_order_release);
+  // In halves: the first says what the second has to wait for.
+  int arrive() {
+    const int round = round_.load(std::memory_order_relaxed);
+    if (missing_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+      missing_.store(count_, std::memory_order_relaxed);
+      round_.fetch_add(1, std::memory_order_release);
 #ifdef CUDA_EMULATION_THREADS
-    syscall(SYS_futex, &round_, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+      syscall(SYS_futex, &round_, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
 #endif
-    return true;
+    }
+    return round;
   }
 
+  void wait(int round) {
+#ifdef CUDA_EMULATION_THREADS
+    while (round_.load(std::memory_order_acquire) == round) {
+      syscall(SYS_futex, &round_, FUTEX_WAIT_PRIVATE, round, nullptr, nullptr, 0);
+    }
+#else
+    if (round != round_) return;
+    running->blocked = [this, round] { return round == round_; };
+    swapcontext(&running->context, &scheduler);
+#endif
+  }
+
+ private:
   std::atomic<int> count_, missing_, round_ = 0;
 };
 
 struct Warp {
   Barrier barrier{kWarp};
   uint64_t slot[kWarp];
+  uint32_t fragments[kWarp][6];  // of a matrix instruction
+};
+
+struct Block;
+
+// Blocks that run at once.
+struct Cluster {
+  explicit Cluster(int threads) : barrier(threads) {}
+  Barrier barrier;
+  std::vector<std::unique_ptr<Block>> blocks;
+};
+
+// A copy that was asked for: it lands when it is waited for.
+struct Copy {
+  void* to;
+  const void* from;  // nullptr: zeros
+  size_t bytes;
+  uint64_t group;
+};
+struct Copies {
+  std::vector<Copy> asked;
+  uint64_t group = 0;  // the open one
 };
 
 struct Block {
-  Block(dim3 grid, dim3 size, dim3 index, size_t shared_bytes)
+  Block(dim3 grid, dim3 size, dim3 index, size_t shared_bytes, Cluster& cluster)
       : grid(grid),
         size(size),
         index(index),
         threads(size.x * size.y * size.z),
         shared_bytes(shared_bytes),
         shared(new unsigned char[shared_bytes]),
-        barrier(threads) {
+        cluster(cluster),
+        barrier(threads),
+        running(threads),
+        copies(threads),
+        cluster_round(threads) {
     std::memset(shared.get(), 0xFF, shared_bytes);
     for (unsigned i = 0; i < threads / kWarp; ++i) warps.push_back(std::make_unique<Warp>());
   }
@@ -120,7 +150,11 @@ struct Block {
   unsigned threads;
   size_t shared_bytes;
   std::unique_ptr<unsigned char[]> shared;  // as long as asked, for AddressSanitizer
+  Cluster& cluster;
   Barrier barrier;
+  std::atomic<unsigned> running;  // threads
+  std::vector<Copies> copies;     // of each thread
+  std::vector<int> cluster_round;
   std::vector<std::unique_ptr<Warp>> warps;
 };
 
@@ -145,27 +179,38 @@ inline void become(Block& block, unsigned number) {
 inline std::mutex failure_mutex;
 inline std::string failure;  // of the launch that runs
 
-// A thread that returns no longer counts at the barriers, as on a GPU.
+inline void fail(const char* why) {
+  std::lock_guard lock(failure_mutex);
+  failure = why;
+}
+
+// A thread that returns no longer counts at the barriers, as on a GPU. With its last thread a
+// block's shared memory is gone, also for its neighbours in the cluster.
 inline void run_thread(const std::function<void()>& kernel) {
+  Block& block = *here.block;
   try {
     kernel();
   } catch (const std::exception& error) {
-    std::lock_guard lock(failure_mutex);
-    failure = error.what();
+    fail(error.what());
   }
-  here.block->barrier.leave();
+  if (!block.copies[here.number].asked.empty()) fail("copies that nobody waited for");
+  if (--block.running == 0) std::memset(block.shared.get(), 0xFF, block.shared_bytes);
+  block.barrier.leave();
+  block.cluster.barrier.leave();
   here.warp().barrier.leave();
 }
 
 #ifdef CUDA_EMULATION_THREADS
 
-inline void run_block(Block& block, const std::function<void()>& kernel) {
+inline void run_cluster(Cluster& cluster, const std::function<void()>& kernel) {
   std::vector<std::thread> threads;
-  for (unsigned i = 0; i < block.threads; ++i) {
-    threads.emplace_back([&block, &kernel, i] {
-      become(block, i);
-      run_thread(kernel);
-    });
+  for (const auto& block : cluster.blocks) {
+    for (unsigned i = 0; i < block->threads; ++i) {
+      threads.emplace_back([&block, &kernel, i] {
+        become(*block, i);
+        run_thread(kernel);
+      });
+    }
   }
   for (auto& thread : threads) thread.join();
 }
@@ -180,11 +225,12 @@ inline void fiber_main() {
   swapcontext(&running->context, &scheduler);
 }
 
-inline void run_block(Block& block, const std::function<void()>& kernel) {
+inline void run_cluster(Cluster& cluster, const std::function<void()>& kernel) {
   static std::vector<std::unique_ptr<Fiber>> fibers;  // kept: their stacks cost more than the work
-  while (fibers.size() < block.threads) fibers.push_back(std::make_unique<Fiber>());
+  const unsigned size = cluster.blocks[0]->threads, all = size * unsigned(cluster.blocks.size());
+  while (fibers.size() < all) fibers.push_back(std::make_unique<Fiber>());
   kernel_to_run = &kernel;
-  for (unsigned i = 0; i < block.threads; ++i) {
+  for (unsigned i = 0; i < all; ++i) {
     Fiber& fiber = *fibers[i];
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
@@ -195,15 +241,15 @@ inline void run_block(Block& block, const std::function<void()>& kernel) {
     makecontext(&fiber.context, fiber_main, 0);
   }
   unsigned done = 0;
-  while (done < block.threads) {
+  while (done < all) {
     bool progress = false;
-    for (unsigned i = 0; i < block.threads; ++i) {
+    for (unsigned i = 0; i < all; ++i) {
       Fiber& fiber = *fibers[i];
       if (fiber.done || (fiber.blocked && fiber.blocked())) continue;
       fiber.blocked = nullptr;
       progress = true;
       running = &fiber;
-      become(block, i);
+      become(*cluster.blocks[i / size], i % size);
       swapcontext(&scheduler, &fiber.context);
       done += fiber.done;
     }
@@ -279,19 +325,63 @@ T atomicOr(T* where, T value) {
 }
 
 enum cudaError_t { cudaSuccess, cudaErrorLaunchFailure };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributeNonPortableClusterSizeAllowed
+};
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrMultiProcessorCount
+};
 using cudaStream_t = void*;
 
+namespace cuda_emulation {
+
+// The device that is played; tests choose.
+inline int compute_capability = 90;
+inline int multiprocessors = 132;
+constexpr size_t kMostShared = 227 * 1024;
+
+}  // namespace cuda_emulation
+
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeClusterDimension,
+  cudaLaunchAttributeProgrammaticStreamSerialization
+};
+struct cudaLaunchAttributeValue {
+  struct {
+    unsigned x, y, z;
+  } clusterDim;
+  int programmaticStreamSerializationAllowed;
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
 };
 
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : cuda_emulation::failure.c_str();
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const int capability = cuda_emulation::compute_capability;
+  *value = attribute == cudaDevAttrComputeCapabilityMajor   ? capability / 10
+           : attribute == cudaDevAttrComputeCapabilityMinor ? capability % 10
+                                                            : cuda_emulation::multiprocessors;
+  return cudaSuccess;
+}
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
   return cudaSuccess;
@@ -304,13 +394,28 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const std::function<void()> call = [&] { kernel(arguments...); };
   std::string& failure = cuda_emulation::failure;
   failure.clear();
-  if (size.x * size.y * size.z % cuda_emulation::kWarp) failure = "a block of broken warps";
+  const unsigned threads = size.x * size.y * size.z;
+  unsigned together = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    const bool cluster = attribute.id == cudaLaunchAttributeClusterDimension;
+    if (cluster) together = attribute.val.clusterDim.x;
+    if (cluster && cuda_emulation::compute_capability < 90) failure = "a cluster below sm_90";
+  }
+  if (threads % cuda_emulation::kWarp) failure = "a block of broken warps";
+  if (threads == 0 || threads > 1024) failure = "a block of no or more than 1024 threads";
+  if (grid.x == 0 || grid.x % together) failure = "a grid that is no whole number of clusters";
+  if (config->dynamicSmemBytes > cuda_emulation::kMostShared) failure = "too much shared memory";
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-  for (uint64_t i = 0; i < blocks && failure.empty(); ++i) {
-    const dim3 index{unsigned(i % grid.x), unsigned(i / grid.x % grid.y),
-                     unsigned(i / grid.x / grid.y)};
-    cuda_emulation::Block block(grid, size, index, config->dynamicSmemBytes);
-    cuda_emulation::run_block(block, call);
+  for (uint64_t first = 0; first < blocks && failure.empty(); first += together) {
+    cuda_emulation::Cluster cluster(int(together * threads));
+    for (uint64_t i = first; i < first + together; ++i) {
+      const dim3 index{unsigned(i % grid.x), unsigned(i / grid.x % grid.y),
+                       unsigned(i / grid.x / grid.y)};
+      cluster.blocks.push_back(std::make_unique<cuda_emulation::Block>(
+          grid, size, index, config->dynamicSmemBytes, cluster));
+    }
+    cuda_emulation::run_cluster(cluster, call);
   }
   return failure.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
