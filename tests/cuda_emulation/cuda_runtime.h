@@ -60,6 +60,20 @@ inline Fiber* running = nullptr;
 
 #endif
 
+void land_deferred();
+
+#ifndef CUDA_EMULATION_THREADS
+
+// Lets others run until `ready`.
+template <typename Ready>
+void block_until(Ready ready) {
+  if (ready()) return;
+  running->blocked = [ready] { return !ready(); };
+  swapcontext(&running->context, &scheduler);
+}
+
+#endif
+
 // Who waits learns from the one who arrives last, and from nobody else: std::barrier shares state
 // between barriers and a mutex is passed from waiter to waiter, either of which hides races from
 // ThreadSanitizer.
@@ -88,14 +102,13 @@ class Barrier {
   }
 
   void wait(int round) {
+    land_deferred();
 #ifdef CUDA_EMULATION_THREADS
     while (round_.load(std::memory_order_acquire) == round) {
       syscall(SYS_futex, &round_, FUTEX_WAIT_PRIVATE, round, nullptr, nullptr, 0);
     }
 #else
-    if (round != round_) return;
-    running->blocked = [this, round] { return round == round_; };
-    swapcontext(&running->context, &scheduler);
+    block_until([this, round] { return round != round_; });
 #endif
   }
 
@@ -118,16 +131,66 @@ struct Cluster {
   std::vector<std::unique_ptr<Block>> blocks;
 };
 
-// A copy that was asked for: it lands when it is waited for.
-struct Copy {
-  void* to;
-  const void* from;  // nullptr: zeros
-  size_t bytes;
-  uint64_t group;
-};
-struct Copies {
-  std::vector<Copy> asked;
-  uint64_t group = 0;  // the open one
+// An mbarrier's word: the arrivals that its phase still misses, those that a phase needs, the
+// parity.
+constexpr int kNeeded = 20, kParity = 40;
+constexpr uint64_t kMissing = (uint64_t{1} << kNeeded) - 1;
+
+inline void arrive(uint64_t* barrier) {
+  std::atomic_ref<uint64_t> word(*barrier);
+  uint64_t old = word.load(), next;
+  do {
+    next = old - 1;
+    if ((next & kMissing) == 0) {
+      next = (next ^ uint64_t{1} << kParity) | (next >> kNeeded & kMissing);
+    }
+  } while (!word.compare_exchange_weak(old, next));
+}
+
+// A thread's asynchronous copies. Each lands as late as a GPU may let it: when its thread waits for
+// its group, or, where an mbarrier was told of it, before its thread waits for anything.
+class Copies {
+ public:
+  void ask(void* to, const void* from, size_t bytes) {
+    asked_.push_back({to, from, bytes, group_});
+  }
+  void close_group() { ++group_; }
+  void arrive_after(uint64_t* barrier) { barriers_.push_back(barrier); }
+
+  void land(uint64_t pending_groups) {
+    std::vector<Copy> pending;
+    for (const Copy& copy : asked_) {
+      if (copy.group + pending_groups >= group_) {
+        pending.push_back(copy);
+      } else if (copy.from) {
+        std::memcpy(copy.to, copy.from, copy.bytes);
+      } else {
+        std::memset(copy.to, 0, copy.bytes);
+      }
+    }
+    asked_ = std::move(pending);
+  }
+
+  void land_deferred() {
+    if (barriers_.empty()) return;
+    close_group();
+    land(0);
+    for (uint64_t* barrier : barriers_) arrive(barrier);
+    barriers_.clear();
+  }
+
+  bool none() const { return asked_.empty(); }
+
+ private:
+  struct Copy {
+    void* to;
+    const void* from;  // nullptr: zeros
+    size_t bytes;
+    uint64_t group;
+  };
+  std::vector<Copy> asked_;
+  std::vector<uint64_t*> barriers_;
+  uint64_t group_ = 0;  // the open one
 };
 
 struct Block {
@@ -166,6 +229,8 @@ struct Thread {
 };
 inline thread_local Thread here;
 
+inline void land_deferred() { here.block->copies[here.number].land_deferred(); }
+
 // From now on this C++ thread runs the CUDA thread `number`.
 inline void become(Block& block, unsigned number) {
   here = {&block, number};
@@ -193,7 +258,8 @@ inline void run_thread(const std::function<void()>& kernel) {
   } catch (const std::exception& error) {
     fail(error.what());
   }
-  if (!block.copies[here.number].asked.empty()) fail("copies that nobody waited for");
+  land_deferred();
+  if (!block.copies[here.number].none()) fail("copies that nobody waited for");
   if (--block.running == 0) std::memset(block.shared.get(), 0xFF, block.shared_bytes);
   block.barrier.leave();
   block.cluster.barrier.leave();
