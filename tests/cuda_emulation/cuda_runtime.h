@@ -40,6 +40,12 @@
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace cuda_emulation {
@@ -370,6 +376,7 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
   }
   return votes;
 }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
 inline bool __all_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) == ~0u; }
 
@@ -398,7 +405,8 @@ enum cudaFuncAttribute {
 enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor,
-  cudaDevAttrMultiProcessorCount
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin
 };
 using cudaStream_t = void*;
 
@@ -407,7 +415,7 @@ namespace cuda_emulation {
 // The device that is played; tests choose.
 inline int compute_capability = 90;
 inline int multiprocessors = 132;
-constexpr size_t kMostShared = 227 * 1024;
+inline size_t most_shared = 227 * 1024;
 
 }  // namespace cuda_emulation
 
@@ -443,9 +451,19 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const int capability = cuda_emulation::compute_capability;
-  *value = attribute == cudaDevAttrComputeCapabilityMajor   ? capability / 10
-           : attribute == cudaDevAttrComputeCapabilityMinor ? capability % 10
-                                                            : cuda_emulation::multiprocessors;
+  switch (attribute) {
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = capability / 10;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = capability % 10;
+      break;
+    case cudaDevAttrMultiProcessorCount:
+      *value = cuda_emulation::multiprocessors;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = int(cuda_emulation::most_shared);
+  }
   return cudaSuccess;
 }
 template <typename Kernel>
@@ -471,7 +489,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (threads % cuda_emulation::kWarp) failure = "a block of broken warps";
   if (threads == 0 || threads > 1024) failure = "a block of no or more than 1024 threads";
   if (grid.x == 0 || grid.x % together) failure = "a grid that is no whole number of clusters";
-  if (config->dynamicSmemBytes > cuda_emulation::kMostShared) failure = "too much shared memory";
+  if (config->dynamicSmemBytes > cuda_emulation::most_shared) failure = "too much shared memory";
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   for (uint64_t first = 0; first < blocks && failure.empty(); first += together) {
     cuda_emulation::Cluster cluster(int(together * threads));
