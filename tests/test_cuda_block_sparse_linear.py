@@ -86,6 +86,9 @@ MATRIX_CASES = [
     pytest.param(515, 136, 300, (16, 16), 0.5, "gelu", id="unsliced"),
     pytest.param(513, 1096, 36, (32, 128), 0.6, None, id="unsliced-more-chunks-than-fit"),
     pytest.param(520, 72, 48, (16, 16), 0.0, "silu", id="unsliced-all-pruned"),
+    pytest.param(515, 144, 300, (16, 16), 0.5, "gelu", id="multicast"),
+    pytest.param(513, 1104, 258, (32, 64), 0.2, None, id="multicast-more-chunks-than-fit"),
+    pytest.param(520, 80, 290, (16, 16), 0.0, "silu", id="multicast-all-pruned"),
 ]
 
 
@@ -124,6 +127,16 @@ def test_without_clusters_slices_are_added_by_a_second_kernel(kernels: Kernels) 
         assert torch.equal(
             kernels.block_sparse_linear(*parts, out_features=50, activation="gelu"), y
         )
+
+
+def test_few_multiprocessors_get_larger_tiles(kernels: Kernels) -> None:
+    weight = random_blocks(300, 208, (16, 16), 0.3)
+    values = weight.values.transpose(1, 2).half().contiguous().transpose(1, 2)
+    for M in (9, 514):
+        parts = (torch.randn(M, 208).half(), values, weight.crow, weight.col, None)
+        y = kernels.block_sparse_linear(*parts, out_features=300)
+        with kernels.device(90, 2):
+            assert torch.equal(kernels.block_sparse_linear(*parts, out_features=300), y)
 
 
 def test_a_row_does_not_depend_on_how_many_there_are(kernels: Kernels) -> None:

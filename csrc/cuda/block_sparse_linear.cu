@@ -104,14 +104,6 @@ namespace {
 constexpr int64_t kMostSlicedRows = 512;
 constexpr int kUnslicedRows = 128;  // of a thread block
 
-bool is_sliced(const BlockSparseLinear& op) { return op.M <= kMostSlicedRows; }
-
-// Rows of x of a thread block.
-int tile_rows(const BlockSparseLinear& op) {
-  if (!is_sliced(op)) return kUnslicedRows;
-  return op.M <= 8 ? 8 : op.M <= 32 ? 32 : 64;
-}
-
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 // Whether the kernel with matrix instructions takes it.
@@ -129,35 +121,39 @@ int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
-mma::Tiles tiles_for(const BlockSparseLinear& op, int slots) {
-  mma::Tiles tiles{mma::kMaxWarps, 0, op.K};
-  if (is_sliced(op)) {
-    tiles.slice = ceil_div(ceil_div(op.K, op.bk), mma::kSlices) * op.bk;
-    // Few outputs: less for each thread block, until most multiprocessors have one.
-    const int enough = device_attribute(cudaDevAttrMultiProcessorCount) * 3 / 4;
-    while (tiles.warps > 1 && ceil_div(op.N, tiles.warps * mma::kOutputs) * mma::kSlices < enough) {
-      tiles.warps /= 2;
-    }
-  }
-  const int64_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  const int64_t chunks = ceil_div(tiles.slice, mma::kChunk);
-  tiles.stages = int(std::min<int64_t>(std::max<int64_t>(chunks, 1), mma::kMaxStages));
-  while (tiles.stages > 1 && mma::Layout(tiles, tile_rows(op), slots, is_sliced(op)).bytes > most)
-    --tiles.stages;
-  return tiles;
+mma::Mode mode_of(const BlockSparseLinear& op) {
+  if (op.M <= kMostSlicedRows) return mma::Mode::sliced;
+  const bool several = op.N > mma::kMaxWarps * mma::kOutputs;
+  return several && op.K % mma::kStep == 0 && compute_capability() >= 90 ? mma::Mode::shared
+                                                                         : mma::Mode::plain;
 }
 
-template <typename T, int kStrip, int kRows>
+template <typename T, int kStrip, int kRows, mma::Mode kMode>
 const char* launch_mma(const BlockSparseLinear& op, Activation activation, void* stream) {
-  constexpr bool kSliced = kRows != kUnslicedRows;
-  const mma::Tiles tiles = tiles_for(op, mma::Ring<kStrip>::kSlots);
-  const int slices = kSliced ? mma::kSlices : 1;
-  const bool cluster = kSliced && !op.workspace;
-  Grid grid{ceil_div(op.M, kRows) * ceil_div(op.N, tiles.warps * mma::kOutputs) * slices,
-            dim3{unsigned(tiles.warps) * kWarp},
-            mma::Layout(tiles, kRows, mma::Ring<kStrip>::kSlots, kSliced).bytes,
-            cluster ? slices : 1};
-  const char* error = launch(mma::block_sparse_mma_kernel<T, kStrip, kRows, kSliced>, grid, stream,
+  constexpr bool kSliced = kMode == mma::Mode::sliced;
+  const int slots = mma::Ring<kStrip>::kSlots, slices = kSliced ? mma::kSlices : 1;
+  mma::Tiles tiles{mma::kMaxWarps, 0, op.K};
+  if (kSliced) tiles.slice = ceil_div(ceil_div(op.K, op.bk), slices) * op.bk;
+  const int64_t row_tiles = ceil_div(op.M, kRows);
+  const auto groups = [&] { return ceil_div(op.N, tiles.warps * mma::kOutputs); };
+  // Little work: less for each thread block, until most multiprocessors have one. How many rows
+  // there are must not count where it would change a result, and it does not.
+  const int64_t enough = device_attribute(cudaDevAttrMultiProcessorCount) * 3 / 4;
+  while (tiles.warps > 1 && row_tiles * groups() * slices < enough) tiles.warps /= 2;
+
+  const int64_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const auto bytes = [&] { return mma::Layout(tiles, kRows, slots, kSliced).bytes; };
+  const int64_t chunks = ceil_div(tiles.slice, mma::kChunk);
+  tiles.stages = int(std::min<int64_t>(std::max<int64_t>(chunks, 1), mma::kMaxStages));
+  while (tiles.stages > 1 && bytes() > most) --tiles.stages;
+
+  Grid grid{row_tiles * groups() * slices, dim3{unsigned(tiles.warps) * kWarp}, bytes()};
+  if (kSliced && !op.workspace) grid.cluster = slices;
+  if (kMode == mma::Mode::shared) {
+    grid.cluster = int(std::min<int64_t>(groups(), mma::kSharers));
+    grid.blocks = row_tiles * ceil_div(groups(), grid.cluster) * grid.cluster;
+  }
+  const char* error = launch(mma::block_sparse_mma_kernel<T, kStrip, kRows, kMode>, grid, stream,
                              op, tiles, activation);
   if (error || !op.workspace) return error;
   return launch(mma::add_slices_kernel<T>, {ceil_div(op.M * op.N, kThreads), dim3{kThreads}},
@@ -166,22 +162,24 @@ const char* launch_mma(const BlockSparseLinear& op, Activation activation, void*
 
 template <typename T, int kStrip>
 const char* launch_mma(const BlockSparseLinear& op, Activation activation, void* stream) {
-  switch (tile_rows(op)) {
-    case 8:
-      return launch_mma<T, kStrip, 8>(op, activation, stream);
-    case 32:
-      return launch_mma<T, kStrip, 32>(op, activation, stream);
-    case 64:
-      return launch_mma<T, kStrip, 64>(op, activation, stream);
+  switch (mode_of(op)) {
+    case mma::Mode::plain:
+      return launch_mma<T, kStrip, kUnslicedRows, mma::Mode::plain>(op, activation, stream);
+    case mma::Mode::shared:
+      return launch_mma<T, kStrip, kUnslicedRows, mma::Mode::shared>(op, activation, stream);
     default:
-      return launch_mma<T, kStrip, kUnslicedRows>(op, activation, stream);
+      break;
   }
+  constexpr mma::Mode kSliced = mma::Mode::sliced;
+  if (op.M <= 8) return launch_mma<T, kStrip, 8, kSliced>(op, activation, stream);
+  if (op.M <= 32) return launch_mma<T, kStrip, 32, kSliced>(op, activation, stream);
+  return launch_mma<T, kStrip, 64, kSliced>(op, activation, stream);
 }
 
 }  // namespace
 
 int64_t block_sparse_linear_workspace(const BlockSparseLinear& op, DType dtype) {
-  if (!takes_matrices(op, dtype) || !is_sliced(op) || compute_capability() >= 90) return 0;
+  if (!takes_matrices(op, dtype) || op.M > kMostSlicedRows || compute_capability() >= 90) return 0;
   return mma::kSlices * op.M * op.N;
 }
 

@@ -7,6 +7,9 @@
 // one more warp. Weights are the instruction's 16-high operand and rows of x its 8-wide one, so
 // that few rows waste little.
 //
+// Many rows are bound by what comes from the second-level cache, and with small blocks most of that
+// is x: neighbours in a cluster, which compute other outputs for the same rows, multicast it.
+//
 // For few rows columns are cut into kSlices, each a thread block of a cluster (or, before sm_90,
 // added up by a second kernel): the weights are what takes time, and all multiprocessors are needed
 // to fetch them. Slices depend on K and the block alone and are added in order: a row's result does
@@ -28,7 +31,14 @@ constexpr int kRingBytes = 8192;  // weights on their way to a warp: 64 KB a blo
 constexpr int kMaxStages = 16;
 constexpr int kMaxWarps = 8;
 constexpr int kEnd = INT32_MAX;
-constexpr int kSlices = 8;  // the largest cluster that every device with clusters can run
+constexpr int kSlices = 8;   // the largest cluster that every device with clusters can run
+constexpr int kSharers = 4;  // thread blocks of a cluster that read the same rows of x
+
+enum class Mode {
+  sliced,  // columns are cut over thread blocks, for few rows
+  plain,   // a thread block walks all columns
+  shared,  // so does each of a cluster, and they fetch the rows of x for one another (sm_90)
+};
 
 // What the launcher decided; equal for all thread blocks.
 struct Tiles {
@@ -117,8 +127,9 @@ struct Walk {
   }
 };
 
-template <typename T, int kStrip, int kRows, bool kSliced>
+template <typename T, int kStrip, int kRows, Mode kMode>
 struct Kernel {
+  static constexpr bool kSliced = kMode == Mode::sliced;
   static constexpr int kStrips = kOutputs / kStrip, kHalves = kStrip / 16, kTiles = kRows / 8;
   static constexpr int kSlots = Ring<kStrip>::kSlots, kSlotBytes = Ring<kStrip>::kSlotBytes;
 
@@ -139,7 +150,13 @@ struct Kernel {
         shared(dynamic_shared()),
         warp(int(threadIdx.x) / kWarp),
         lane(int(threadIdx.x) % kWarp) {
-    const int64_t outputs = tiles.warps * kOutputs, groups = (op.N + outputs - 1) / outputs;
+    const int64_t outputs = tiles.warps * kOutputs;
+    int64_t groups = (op.N + outputs - 1) / outputs;
+    // A cluster's blocks have the same rows: the last of them may have no outputs.
+    if constexpr (kMode == Mode::shared) {
+      const int64_t sharers = cluster_size();
+      groups = (groups + sharers - 1) / sharers * sharers;
+    }
     const int64_t tile = kSliced ? blockIdx.x / kSlices : blockIdx.x;
     rank = kSliced ? int(blockIdx.x % kSlices) : 0;
     n0 = tile % groups * outputs;
@@ -163,12 +180,18 @@ struct Kernel {
 
   __device__ void run(Activation activation) {
     if (threadIdx.x == 0) {
+      const uint32_t warps = uint32_t(tiles.warps);
       for (int stage = 0; stage < tiles.stages; ++stage) {
-        mbarrier_init(full(stage), uint32_t(tiles.warps * kWarp));
-        mbarrier_init(empty(stage), uint32_t(tiles.warps));
+        mbarrier_init(full(stage), kMode == Mode::shared ? 1 : warps * kWarp);
+        mbarrier_init(empty(stage), kMode == Mode::shared ? warps * cluster_size() : warps);
       }
+      if constexpr (kMode == Mode::shared) mbarrier_publish();
     }
-    __syncthreads();
+    if constexpr (kMode == Mode::shared) {
+      cluster_sync();
+    } else {
+      __syncthreads();
+    }
     float sums[kStrips][kHalves][kTiles][4]{};
     multiply(sums);
     if constexpr (kSliced) {
@@ -180,12 +203,39 @@ struct Kernel {
         finish(activation);
       }
     } else {
+      if constexpr (kMode == Mode::shared) cluster_arrive();
       write(sums, activation);
+      if constexpr (kMode == Mode::shared) cluster_wait();  // others may still arrive here
     }
   }
 
   // This warp's share of a chunk of x's columns.
   __device__ void fetch_x(int chunk) const {
+    if constexpr (kMode == Mode::shared) {
+      fetch_x_for_all(chunk);
+    } else {
+      fetch_own_x(chunk);
+    }
+  }
+
+  // A lane fetches a row for the whole cluster. Rows and columns past the end stay as they are:
+  // what they are multiplied to is not stored, or they are not multiplied.
+  __device__ void fetch_x_for_all(int chunk) const {
+    const int stage = chunk % tiles.stages, sharers = int(cluster_size());
+    const int64_t k = k0 + int64_t{chunk} * kChunk;
+    const uint32_t bytes = uint32_t(min(int64_t{kChunk}, op.K - k)) * 2;
+    const int rows = int(min(int64_t{kRows}, op.M - m0));
+    if (warp == 0 && lane == 0) mbarrier_arrive_expecting(full(stage), bytes * uint32_t(rows));
+    const T* x = static_cast<const T*>(op.x) + m0 * op.K + k;
+    const int mine = int(cluster_rank()) * tiles.warps + warp;
+    for (int row = mine + lane * sharers * tiles.warps; row < rows;
+         row += kWarp * sharers * tiles.warps) {
+      copy_to_cluster(x_stage(stage) + row * kPitch, x + row * op.K, bytes, full(stage),
+                      uint16_t((1 << sharers) - 1));
+    }
+  }
+
+  __device__ void fetch_own_x(int chunk) const {
     constexpr int kPieces = kChunk / 8,
                   kLines = kWarp / kPieces;  // rows that a warp fetches at once
     const T* x = static_cast<const T*>(op.x);
@@ -207,7 +257,12 @@ struct Kernel {
   __device__ void enter(int chunk) const {
     const int left = chunk - (tiles.stages + 1) / 2;
     if (left >= 0 && left + tiles.stages < chunks) {
-      mbarrier_wait(empty(left % tiles.stages), uint32_t(left / tiles.stages));
+      uint64_t* barrier = empty(left % tiles.stages);
+      if constexpr (kMode == Mode::shared) {
+        mbarrier_wait_cluster(barrier, uint32_t(left / tiles.stages));
+      } else {
+        mbarrier_wait(barrier, uint32_t(left / tiles.stages));
+      }
       fetch_x(left + tiles.stages);
     }
     mbarrier_wait(full(chunk % tiles.stages), uint32_t(chunk / tiles.stages));
@@ -215,7 +270,12 @@ struct Kernel {
 
   __device__ void leave(int chunk) const {
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(empty(chunk % tiles.stages));
+    uint64_t* barrier = empty(chunk % tiles.stages);
+    if constexpr (kMode == Mode::shared) {
+      if (lane < int(cluster_size())) mbarrier_arrive_at(barrier, uint32_t(lane));
+    } else {
+      if (lane == 0) mbarrier_arrive(barrier);
+    }
   }
 
   // The stored blocks of strip s of this warp, within the slice.
@@ -446,10 +506,10 @@ struct Kernel {
   }
 };
 
-template <typename T, int kStrip, int kRows, bool kSliced>
+template <typename T, int kStrip, int kRows, Mode kMode>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, kRows == 128 ? 1 : 2)
     block_sparse_mma_kernel(BlockSparseLinear op, Tiles tiles, Activation activation) {
-  Kernel<T, kStrip, kRows, kSliced>(op, tiles).run(activation);
+  Kernel<T, kStrip, kRows, kMode>(op, tiles).run(activation);
 }
 
 // A thread adds one element of y up over the slices in the workspace, in order.

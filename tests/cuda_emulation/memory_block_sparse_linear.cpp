@@ -66,6 +66,7 @@ int main() {
   matrices(5, 200, 40, 16, 16, 90, 8, 227 * 1024);
   matrices(3, 1160, 40, 32, 64, 90, 132, 11 * 1024);  // 3 chunks a slice, 2 of which fit
   matrices(3, 40, 24, 16, 16, 80, 8, 227 * 1024);
-  matrices(513, 200, 40, 32, 32, 90, 132, 104 * 1024);  // 4 chunks, 2 of which fit
+  matrices(513, 200, 40, 32, 32, 90, 132, 46 * 1024);   // 4 chunks, 2 of which fit
+  matrices(513, 208, 260, 32, 32, 90, 132, 46 * 1024);  // multicast
   return ok ? 0 : 1;
 }
