@@ -109,17 +109,31 @@ __device__ inline void mbarrier_wait_cluster(uint64_t* barrier, uint32_t phase) 
 }
 
 // Copies `bytes` (a multiple of 16, as both addresses) to the same place in each block of `blocks`,
-// a bit a rank, and tells the same barrier of each. One thread asks; memory is read once.
+// a bit a rank, and tells the same barrier of each. One thread asks; where the architecture can
+// multicast, memory is read once.
 __device__ inline void copy_to_cluster(void* shared, const void* global, uint32_t bytes,
                                        uint64_t* barrier, uint16_t blocks) {
 #if PRUNELM_CLUSTERS
   const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   const auto told = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
       "[%0], [%1], %2, [%3], %4;" ::"r"(to),
       "l"(global), "r"(bytes), "r"(told), "h"(blocks)
       : "memory");
+#else
+  for (uint32_t rank = 0; blocks >> rank; ++rank) {
+    if (!(blocks >> rank & 1)) continue;
+    asm volatile(
+        "{ .reg .b32 to, told; mapa.shared::cluster.u32 to, %0, %4; "
+        "mapa.shared::cluster.u32 told, %3, %4; "
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[to], [%1], %2, [told]; }" ::"r"(to),
+        "l"(global), "r"(bytes), "r"(told), "r"(rank)
+        : "memory");
+  }
+#endif
 #endif
 }
 
