@@ -82,8 +82,11 @@ __device__ inline int first_at_least(const int32_t* col, int begin, int end, int
   return begin + count;
 }
 
-// A warp's way through the stored blocks of a strip, in ascending order: 16 columns a step.
+// A warp's way through the stored blocks of a strip, in ascending order: 16 columns a step. In
+// memory one step follows the other.
+template <typename T>
 struct Walk {
+  const T* weights;   // of the step: column by column, outputs beside each other
   int next, end;      // stored blocks; `next` is the one after the current one
   int base;           // of the window of columns
   int window, ahead;  // the columns of blocks base + lane and base + 32 + lane
@@ -95,7 +98,8 @@ struct Walk {
     return i < end ? col[i] : 0;
   }
 
-  __device__ void begin(const BlockSparseLinear& op, int first, int last) {
+  __device__ void begin(const BlockSparseLinear& op, int64_t n, int first, int last) {
+    weights = static_cast<const T*>(op.values) + first * op.bk * op.bn + n % op.bn;
     next = base = first;
     end = last;
     window = load(op.col, base);
@@ -120,10 +124,25 @@ struct Walk {
   }
 
   __device__ void step(const BlockSparseLinear& op) {
+    weights += kStep * op.bn;
     inner += kStep;
     k += kStep;
     // What a last block holds past K is nobody's.
     if (inner >= int(op.bk) || k >= op.K) enter(op);
+  }
+};
+
+// A chunk of x and the place where it lies; it takes that of the chunk `stages` before it.
+struct Place {
+  int chunk = -1, stage = -1;
+  uint32_t turn = 0;  // how many chunks have lain there before
+
+  __device__ void next(int stages) {
+    ++chunk;
+    if (++stage == stages) {
+      stage = 0;
+      ++turn;
+    }
   }
 };
 
@@ -210,18 +229,18 @@ struct Kernel {
   }
 
   // This warp's share of a chunk of x's columns.
-  __device__ void fetch_x(int chunk) const {
+  __device__ void fetch_x(int chunk, int stage) const {
     if constexpr (kMode == Mode::shared) {
-      fetch_x_for_all(chunk);
+      fetch_x_for_all(chunk, stage);
     } else {
-      fetch_own_x(chunk);
+      fetch_own_x(chunk, stage);
     }
   }
 
   // A lane fetches a row for the whole cluster. Rows and columns past the end stay as they are:
   // what they are multiplied to is not stored, or they are not multiplied.
-  __device__ void fetch_x_for_all(int chunk) const {
-    const int stage = chunk % tiles.stages, sharers = int(cluster_size());
+  __device__ void fetch_x_for_all(int chunk, int stage) const {
+    const int sharers = int(cluster_size());
     const int64_t k = k0 + int64_t{chunk} * kChunk;
     const uint32_t bytes = uint32_t(min(int64_t{kChunk}, op.K - k)) * 2;
     const int rows = int(min(int64_t{kRows}, op.M - m0));
@@ -235,13 +254,13 @@ struct Kernel {
     }
   }
 
-  __device__ void fetch_own_x(int chunk) const {
+  __device__ void fetch_own_x(int chunk, int stage) const {
     constexpr int kPieces = kChunk / 8,
                   kLines = kWarp / kPieces;  // rows that a warp fetches at once
     const T* x = static_cast<const T*>(op.x);
     const int piece = lane % kPieces;
     const int64_t k = k0 + int64_t{chunk} * kChunk + piece * 8;
-    unsigned char* to = x_stage(chunk % tiles.stages) + piece * 16;
+    unsigned char* to = x_stage(stage) + piece * 16;
     for (int first = warp * kLines; first < kRows; first += tiles.warps * kLines) {
       const int row = first + lane / kPieces;
       const bool valid = m0 + row < op.M && k < op.K;
@@ -249,28 +268,30 @@ struct Kernel {
         cp_async<16>(to + row * kPitch, valid ? x + (m0 + row) * op.K + k : x, valid);
       }
     }
-    mbarrier_arrive_after_copies(full(chunk % tiles.stages));
+    mbarrier_arrive_after_copies(full(stage));
   }
 
-  // Waits for a chunk; all warps enter all chunks, in order. The place of a chunk that was left a
-  // while ago, as far as all have left it, takes the next one.
-  __device__ void enter(int chunk) const {
-    const int left = chunk - (tiles.stages + 1) / 2;
-    if (left >= 0 && left + tiles.stages < chunks) {
-      uint64_t* barrier = empty(left % tiles.stages);
-      if constexpr (kMode == Mode::shared) {
-        mbarrier_wait_cluster(barrier, uint32_t(left / tiles.stages));
-      } else {
-        mbarrier_wait(barrier, uint32_t(left / tiles.stages));
+  // Goes on to the next chunk, which all warps do for all chunks, in order. The place of a chunk
+  // that was left a while ago is filled anew as soon as all have left it.
+  __device__ void enter(Place& here, Place& left) const {
+    here.next(tiles.stages);
+    if (here.chunk >= (tiles.stages + 1) / 2) {
+      left.next(tiles.stages);
+      if (left.chunk + tiles.stages < chunks) {
+        if constexpr (kMode == Mode::shared) {
+          mbarrier_wait_cluster(empty(left.stage), left.turn);
+        } else {
+          mbarrier_wait(empty(left.stage), left.turn);
+        }
+        fetch_x(left.chunk + tiles.stages, left.stage);
       }
-      fetch_x(left + tiles.stages);
     }
-    mbarrier_wait(full(chunk % tiles.stages), uint32_t(chunk / tiles.stages));
+    mbarrier_wait(full(here.stage), here.turn);
   }
 
-  __device__ void leave(int chunk) const {
+  __device__ void leave(const Place& here) const {
     __syncwarp();
-    uint64_t* barrier = empty(chunk % tiles.stages);
+    uint64_t* barrier = empty(here.stage);
     if constexpr (kMode == Mode::shared) {
       if (lane < int(cluster_size())) mbarrier_arrive_at(barrier, uint32_t(lane));
     } else {
@@ -279,7 +300,7 @@ struct Kernel {
   }
 
   // The stored blocks of strip s of this warp, within the slice.
-  __device__ Walk walk(int s) const {
+  __device__ Walk<T> walk(int s) const {
     const int64_t n = n0 + warp * kOutputs + s * kStrip;
     int first = 0, last = 0;
     if (n < op.N) {
@@ -297,30 +318,28 @@ struct Kernel {
         }
       }
     }
-    Walk walk;
-    walk.begin(op, first, last);
+    Walk<T> walk;
+    walk.begin(op, n, first, last);
     return walk;
   }
 
   // Asks for the weights of the next step, 16 columns by kStrip outputs, if there is one.
-  __device__ bool fetch_weights(Walk (&walks)[kStrips], int i) const {
+  __device__ bool fetch_weights(Walk<T> (&walks)[kStrips], int i) const {
     int s = 0;
     if constexpr (kStrips == 2) s = walks[1].k < walks[0].k;
-    Walk current = walks[0];
+    Walk<T> current = walks[0];
     if constexpr (kStrips == 2) {
       if (s) current = walks[1];
     }
     if (current.k == kEnd) return false;
-    const int64_t n = n0 + warp * kOutputs + s * kStrip;
-    const T* from = static_cast<const T*>(op.values) +
-                    (int64_t{current.next - 1} * op.bk + current.inner) * op.bn + n % op.bn;
     constexpr int kPieces = kStrip / 8, kLines = kWarp / kPieces;
     const int piece = lane % kPieces;
 #pragma unroll
     for (int first = 0; first < kStep; first += kLines) {
       const int line = first + lane / kPieces;
       const bool valid = current.k + line < op.K;
-      cp_async<16>(slot(i) + weight_offset(line, piece), from + line * op.bn + piece * 8, valid);
+      cp_async<16>(slot(i) + weight_offset(line, piece),
+                   current.weights + line * int(op.bn) + piece * 8, valid);
     }
     if (lane == 0) slot_column(i) = s ? ~current.k : current.k;
     current.step(op);
@@ -343,8 +362,8 @@ struct Kernel {
   }
 
   __device__ void multiply(float (&sums)[kStrips][kHalves][kTiles][4]) const {
-    for (int i = 0; i < min(chunks, tiles.stages); ++i) fetch_x(i);
-    Walk walks[kStrips];
+    for (int i = 0; i < min(chunks, tiles.stages); ++i) fetch_x(i, i);
+    Walk<T> walks[kStrips];
 #pragma unroll
     for (int s = 0; s < kStrips; ++s) walks[s] = walk(s);
     int asked = 0;
@@ -353,8 +372,8 @@ struct Kernel {
       asked += fetch_weights(walks, i);
       cp_async_commit();
     }
-    int chunk = -1;
-    int64_t chunk_end = k0;  // column
+    Place here, left;
+    int chunk_end = int(k0);  // column
     for (int i = 0; i < asked; ++i) {
       asked += fetch_weights(walks, i + kSlots - 1);
       cp_async_commit();
@@ -362,11 +381,11 @@ struct Kernel {
       __syncwarp();
       const int found = slot_column(i), k = found < 0 ? ~found : found;
       while (k >= chunk_end) {
-        if (chunk >= 0) leave(chunk);
-        enter(++chunk);
+        if (here.chunk >= 0) leave(here);
+        enter(here, left);
         chunk_end += kChunk;
       }
-      const unsigned char* x = x_stage(chunk % tiles.stages) + (k - (chunk_end - kChunk)) * 2;
+      const unsigned char* x = x_stage(here.stage) + (k - (chunk_end - kChunk)) * 2;
       if (kStrips == 1 || found >= 0) {
         multiply_step(sums[0], slot(i), x);
       } else {
@@ -375,10 +394,10 @@ struct Kernel {
       __syncwarp();
     }
     // Chunks that nobody here needs are entered all the same: the others count on it.
-    if (chunk >= 0) leave(chunk);
-    while (++chunk < chunks) {
-      enter(chunk);
-      leave(chunk);
+    if (here.chunk >= 0) leave(here);
+    while (here.chunk + 1 < chunks) {
+      enter(here, left);
+      leave(here);
     }
     cp_async_wait<0>();
   }
