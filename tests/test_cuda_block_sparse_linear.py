@@ -74,7 +74,7 @@ def cut_of(weight: BlockSparse) -> Tensor:
     return cut
 
 
-MATRIX_CASES = [
+TILE_CASES = [
     pytest.param(1, 72, 80, (16, 16), 0.5, None, id="one-row"),
     pytest.param(9, 88, 51, (16, 32), 0.4, "gelu", id="ragged"),
     pytest.param(33, 200, 100, (32, 16), 0.6, "silu", id="64-rows"),
@@ -92,9 +92,9 @@ MATRIX_CASES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("M, K, N, block, keep, activation", MATRIX_CASES)
-def test_matrix_instructions(
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("M, K, N, block, keep, activation", TILE_CASES)
+def test_tiles(
     kernels: Kernels,
     dtype: torch.dtype,
     M: int,
