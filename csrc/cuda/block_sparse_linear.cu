@@ -1,4 +1,8 @@
 // Block-sparse linear on CUDA; contract in prunelm/ops/block_sparse_linear.py.
+#include <algorithm>
+#include <type_traits>
+
+#include "cuda/block_sparse_mma.cuh"
 #include "cuda/device.cuh"
 
 namespace prunelm::cuda {
@@ -94,13 +98,107 @@ const char* launch_block_sparse_linear_grad_values(const BlockSparseGradient& op
   return launch(grad_values_kernel, {ceil_div(count, kThreads), dim3{kThreads}}, stream, op);
 }
 
+namespace {
+
+// More rows than this are not sliced: there is work enough for all multiprocessors without.
+constexpr int64_t kMostSlicedRows = 512;
+constexpr int kUnslicedRows = 128;  // of a thread block
+
+bool is_sliced(const BlockSparseLinear& op) { return op.M <= kMostSlicedRows; }
+
+// Rows of x of a thread block.
+int tile_rows(const BlockSparseLinear& op) {
+  if (!is_sliced(op)) return kUnslicedRows;
+  return op.M <= 8 ? 8 : op.M <= 32 ? 32 : 64;
+}
+
+bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// Whether the kernel with matrix instructions takes it.
+bool takes_matrices(const BlockSparseLinear& op, DType dtype) {
+  return dtype != DType::float32 && op.bn % 16 == 0 && op.bk % mma::kStep == 0 &&
+         (mma::kChunk % op.bk == 0 || op.bk % mma::kChunk == 0) && op.K % 8 == 0 &&
+         op.K < INT32_MAX - 2 * op.bk && aligned(op.x) && aligned(op.y) && aligned(op.values) &&
+         compute_capability() >= 80;
+}
+
+int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+
+mma::Tiles tiles_for(const BlockSparseLinear& op, int slots) {
+  mma::Tiles tiles{mma::kMaxWarps, 0, op.K};
+  if (is_sliced(op)) {
+    tiles.slice = ceil_div(ceil_div(op.K, op.bk), mma::kSlices) * op.bk;
+    // Few outputs: less for each thread block, until most multiprocessors have one.
+    const int enough = device_attribute(cudaDevAttrMultiProcessorCount) * 3 / 4;
+    while (tiles.warps > 1 && ceil_div(op.N, tiles.warps * mma::kOutputs) * mma::kSlices < enough) {
+      tiles.warps /= 2;
+    }
+  }
+  const int64_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int64_t chunks = ceil_div(tiles.slice, mma::kChunk);
+  tiles.stages = int(std::min<int64_t>(std::max<int64_t>(chunks, 1), mma::kMaxStages));
+  while (tiles.stages > 1 && mma::Layout(tiles, tile_rows(op), slots, is_sliced(op)).bytes > most)
+    --tiles.stages;
+  return tiles;
+}
+
+template <typename T, int kStrip, int kRows>
+const char* launch_mma(const BlockSparseLinear& op, Activation activation, void* stream) {
+  constexpr bool kSliced = kRows != kUnslicedRows;
+  const mma::Tiles tiles = tiles_for(op, mma::Ring<kStrip>::kSlots);
+  const int slices = kSliced ? mma::kSlices : 1;
+  const bool cluster = kSliced && !op.workspace;
+  Grid grid{ceil_div(op.M, kRows) * ceil_div(op.N, tiles.warps * mma::kOutputs) * slices,
+            dim3{unsigned(tiles.warps) * kWarp},
+            mma::Layout(tiles, kRows, mma::Ring<kStrip>::kSlots, kSliced).bytes,
+            cluster ? slices : 1};
+  const char* error = launch(mma::block_sparse_mma_kernel<T, kStrip, kRows, kSliced>, grid, stream,
+                             op, tiles, activation);
+  if (error || !op.workspace) return error;
+  return launch(mma::add_slices_kernel<T>, {ceil_div(op.M * op.N, kThreads), dim3{kThreads}},
+                stream, op, activation);
+}
+
+template <typename T, int kStrip>
+const char* launch_mma(const BlockSparseLinear& op, Activation activation, void* stream) {
+  switch (tile_rows(op)) {
+    case 8:
+      return launch_mma<T, kStrip, 8>(op, activation, stream);
+    case 32:
+      return launch_mma<T, kStrip, 32>(op, activation, stream);
+    case 64:
+      return launch_mma<T, kStrip, 64>(op, activation, stream);
+    default:
+      return launch_mma<T, kStrip, kUnslicedRows>(op, activation, stream);
+  }
+}
+
+}  // namespace
+
+int64_t block_sparse_linear_workspace(const BlockSparseLinear& op, DType dtype) {
+  if (!takes_matrices(op, dtype) || !is_sliced(op) || compute_capability() >= 90) return 0;
+  return mma::kSlices * op.M * op.N;
+}
+
 const char* launch_block_sparse_linear(const BlockSparseLinear& op, DType dtype,
                                        Activation activation, void* stream) {
   if (op.M == 0 || op.N == 0) return nullptr;
-  const int64_t blocks = ceil_div(op.N, kWarp) * ceil_div(op.M, kRows);
   return with_dtype(dtype, [&](auto zero) {
-    return launch(block_sparse_linear_kernel<decltype(zero)>, {blocks, dim3{kWarp, kRows}}, stream,
-                  op, activation);
+    using T = decltype(zero);
+    if constexpr (!std::is_same_v<T, float>) {
+      if (takes_matrices(op, dtype)) {
+        return op.bn % 32 == 0 ? launch_mma<T, 32>(op, activation, stream)
+                               : launch_mma<T, 16>(op, activation, stream);
+      }
+    }
+    const int64_t blocks = ceil_div(op.N, kWarp) * ceil_div(op.M, kRows);
+    return launch(block_sparse_linear_kernel<T>, {blocks, dim3{kWarp, kRows}}, stream, op,
+                  activation);
   });
 }
 

@@ -13,26 +13,43 @@ void cp_async(void* shared, const void* global, bool valid = true) {
     if (reinterpret_cast<uintptr_t>(at) % kBytes) throw std::runtime_error("a misaligned copy");
   }
   emulation::Copies& copies = emulation::here.block->copies[emulation::here.number];
-  copies.asked.push_back({shared, valid ? global : nullptr, kBytes, copies.group});
+  copies.ask(shared, valid ? global : nullptr, kBytes);
   std::memset(shared, 0xFF, kBytes);
 }
 
-inline void cp_async_commit() { ++emulation::here.block->copies[emulation::here.number].group; }
+inline void cp_async_commit() {
+  emulation::here.block->copies[emulation::here.number].close_group();
+}
 
 template <int kPending>
 void cp_async_wait() {
-  emulation::Copies& copies = emulation::here.block->copies[emulation::here.number];
-  std::vector<emulation::Copy> pending;
-  for (const emulation::Copy& copy : copies.asked) {
-    if (copy.group + kPending >= copies.group) {
-      pending.push_back(copy);
-    } else if (copy.from) {
-      std::memcpy(copy.to, copy.from, copy.bytes);
-    } else {
-      std::memset(copy.to, 0, copy.bytes);
-    }
-  }
-  copies.asked = std::move(pending);
+  emulation::here.block->copies[emulation::here.number].land(kPending);
+}
+
+inline std::atomic_ref<uint64_t> word_of(uint64_t* barrier) {
+  return std::atomic_ref<uint64_t>(*barrier);
+}
+
+inline void mbarrier_init(uint64_t* barrier, uint32_t count) {
+  word_of(barrier).store(count | uint64_t{count} << emulation::kNeeded);
+}
+
+inline void mbarrier_arrive(uint64_t* barrier) { emulation::arrive(barrier); }
+
+inline void mbarrier_arrive_after_copies(uint64_t* barrier) {
+  emulation::here.block->copies[emulation::here.number].arrive_after(barrier);
+}
+
+inline void mbarrier_wait(uint64_t* barrier, uint32_t phase) {
+  emulation::land_deferred();
+  const auto done = [barrier, phase] {
+    return (word_of(barrier).load() >> emulation::kParity & 1) != (phase & 1);
+  };
+#ifdef CUDA_EMULATION_THREADS
+  while (!done()) std::this_thread::yield();
+#else
+  emulation::block_until(done);
+#endif
 }
 
 }  // namespace prunelm::cuda

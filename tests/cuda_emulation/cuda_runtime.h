@@ -41,7 +41,8 @@ enum cudaFuncAttribute {
 enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor,
-  cudaDevAttrMultiProcessorCount
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin
 };
 using cudaStream_t = void*;
 
@@ -50,11 +51,9 @@ namespace cuda_emulation {
 // The device that is played; tests choose.
 inline int compute_capability = 90;
 inline int multiprocessors = 132;
+inline size_t most_shared = 227 * 1024;  // dynamic, of a block
 
-// Dynamic shared memory of a block, in bytes: the most, and what may be had without asking.
-inline size_t most_shared() {
-  return 1024 * (compute_capability >= 90 ? 227 : compute_capability == 80 ? 163 : 99);
-}
+// What may be had without asking.
 constexpr size_t kPlainShared = 48 * 1024;
 constexpr unsigned kPlainCluster = 8;
 
@@ -106,9 +105,19 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const int capability = cuda_emulation::compute_capability;
-  *value = attribute == cudaDevAttrComputeCapabilityMajor   ? capability / 10
-           : attribute == cudaDevAttrComputeCapabilityMinor ? capability % 10
-                                                            : cuda_emulation::multiprocessors;
+  switch (attribute) {
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = capability / 10;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = capability % 10;
+      break;
+    case cudaDevAttrMultiProcessorCount:
+      *value = cuda_emulation::multiprocessors;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = int(cuda_emulation::most_shared);
+  }
   return cudaSuccess;
 }
 template <typename Kernel>
@@ -119,7 +128,7 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, in
     grant.wide_cluster = value != 0;
     return cudaSuccess;
   }
-  if (value < 0 || size_t(value) > most_shared()) {
+  if (value < 0 || size_t(value) > most_shared) {
     failure = "more shared memory asked for than there is";
     return cudaErrorInvalidValue;
   }
@@ -140,7 +149,7 @@ inline std::string refusal(const cudaLaunchConfig_t& config, const void* kernel,
   const Allowed grant = allowed[kernel];
   if (cluster > 1 && compute_capability < 90) return "a cluster below sm_90";
   if (cluster > (grant.wide_cluster ? 16 : kPlainCluster)) return "a cluster of too many blocks";
-  if (config.dynamicSmemBytes > std::min(grant.shared, most_shared())) {
+  if (config.dynamicSmemBytes > std::min(grant.shared, most_shared)) {
     return "more shared memory than was asked for";
   }
   return "";

@@ -15,6 +15,8 @@
 #include <thread>
 #include <vector>
 
+#include "copies.h"
+
 #ifdef CUDA_EMULATION_THREADS
 #include <errno.h>
 #include <linux/futex.h>
@@ -56,21 +58,37 @@ using Word = std::atomic<int>;
 
 #ifndef CUDA_EMULATION_THREADS
 
-// What the scheduler knows of a thread: it has to wait as long as *word == value.
+// What the scheduler knows of a thread: it has to wait as long as *word == value, or until ready().
 struct Fiber {
   Context context;
   const Word* word = nullptr;
   int value = 0;
+  std::function<bool()> ready;
   bool done = false;
 
-  bool blocked() const { return word && *word == value; }
+  bool blocked() const { return word ? *word == value : ready && !ready(); }
+  void unblock() {
+    word = nullptr;
+    ready = nullptr;
+  }
 };
 inline Context scheduler;
 inline Fiber* running = nullptr;
 
+// Lets others run until `ready`.
+template <typename Ready>
+void block_until(Ready ready) {
+  if (ready()) return;
+  running->ready = ready;
+  running->context.switch_to(scheduler);
+}
+
 #endif
 
+void land_deferred();
+
 inline void wait_while(Word& word, int value, std::memory_order order) {
+  land_deferred();
 #ifdef CUDA_EMULATION_THREADS
   const timespec minute{60, 0};
   while (word.load(order) == value) {
@@ -212,18 +230,6 @@ struct Cluster {
   std::vector<std::unique_ptr<Block>> blocks;
 };
 
-// A copy that was asked for: it lands when it is waited for.
-struct Copy {
-  void* to;
-  const void* from;  // nullptr: zeros
-  size_t bytes;
-  uint64_t group;
-};
-struct Copies {
-  std::vector<Copy> asked;
-  uint64_t group = 0;  // the open one
-};
-
 struct Block {
   Block(dim3 grid, dim3 size, dim3 index, size_t shared_bytes, Cluster& cluster)
       : grid(grid),
@@ -260,6 +266,8 @@ struct Block {
 
 inline Warp& Thread::warp() const { return *block->warps[number / kWarp]; }
 
+inline void land_deferred() { here.block->copies[here.number].land_deferred(); }
+
 // From now on this C++ thread runs the CUDA thread `number`.
 inline void become(Block& block, unsigned number) {
   here = {&block, number};
@@ -282,7 +290,8 @@ inline void fail(const std::string& why) {
 // block's shared memory is gone, also for its neighbours in the cluster.
 inline void end_thread() {
   Block& block = *here.block;
-  if (!block.copies[here.number].asked.empty()) fail("copies that nobody waited for");
+  land_deferred();
+  if (!block.copies[here.number].none()) fail("copies that nobody waited for");
   if (--block.running == 0) std::memset(block.shared.get(), 0xFF, block.shared_bytes);
   block.barrier.leave();
   block.cluster.barrier.leave();
@@ -335,7 +344,7 @@ inline void run_cluster(Cluster& cluster, const std::function<void()>& kernel) {
   kernel_to_run = &kernel;
   for (unsigned i = 0; i < all; ++i) {
     fibers[i]->context.start(fiber_main);
-    fibers[i]->word = nullptr;
+    fibers[i]->unblock();
     fibers[i]->done = false;
   }
   unsigned done = 0;
@@ -344,7 +353,7 @@ inline void run_cluster(Cluster& cluster, const std::function<void()>& kernel) {
     for (unsigned i = 0; i < all; ++i) {
       Fiber& fiber = *fibers[i];
       if (fiber.done || fiber.blocked()) continue;
-      fiber.word = nullptr;
+      fiber.unblock();
       progress = true;
       running = &fiber;
       become(*cluster.blocks[i / size], i % size);
