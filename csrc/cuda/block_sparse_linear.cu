@@ -116,16 +116,31 @@ bool takes_tiles(const BlockSparseLinear& op, DType dtype) {
          aligned(op.values) && compute_capability() >= 80;
 }
 
-// float32 is bound by its multiply-adds: its rows are sliced however many there are.
-bool is_sliced(const BlockSparseLinear& op, DType dtype) {
-  return op.M <= kMostSlicedRows || dtype == DType::float32;
-}
-
 int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&value, attribute, device);
   return value;
+}
+
+// Warps of a thread block, each for 32 outputs, where there are `times` blocks for the same
+// outputs. Little work: less for each, until most multiprocessors have some. M counts here, but no
+// result depends on how outputs are shared out.
+int warps_of(const BlockSparseLinear& op, int64_t times) {
+  const int64_t enough = device_attribute(cudaDevAttrMultiProcessorCount) * 3 / 4;
+  int warps = tiles::kMaxWarps;
+  while (warps > 1 && times * ceil_div(op.N, warps * tiles::kOutputs) < enough) warps /= 2;
+  return warps;
+}
+
+tiles::Mode mode_of(const BlockSparseLinear& op, int64_t size) {
+  // float32 is bound by its multiply-adds: it stays sliced however many rows there are.
+  if (size == 4 || op.M <= kMostSlicedRows) return tiles::Mode::sliced;
+  if (compute_capability() < 90) return tiles::Mode::plain;
+  const int warps = warps_of(op, ceil_div(op.M, kUnslicedRows));
+  const bool several = op.N > warps * tiles::kOutputs,
+             whole_steps = op.K * size % tiles::kStepBytes == 0;
+  return several && whole_steps ? tiles::Mode::shared : tiles::Mode::sliced;
 }
 
 template <typename T, int kStrip, int kRows, tiles::Mode kMode>
@@ -135,11 +150,8 @@ const char* launch_tiles(const BlockSparseLinear& op, Activation activation, voi
   tiles::Tiles plan{tiles::kMaxWarps, 0, op.K};
   if (kSliced) plan.slice = ceil_div(ceil_div(op.K, op.bk), slices) * op.bk;
   const int64_t row_tiles = ceil_div(op.M, kRows);
-  const auto groups = [&] { return ceil_div(op.N, plan.warps * tiles::kOutputs); };
-  // Little work: less for each thread block, until most multiprocessors have one. How many rows
-  // there are must not count where it would change a result, and it does not.
-  const int64_t enough = device_attribute(cudaDevAttrMultiProcessorCount) * 3 / 4;
-  while (plan.warps > 1 && row_tiles * groups() * slices < enough) plan.warps /= 2;
+  plan.warps = warps_of(op, row_tiles * slices);
+  const int64_t groups = ceil_div(op.N, plan.warps * tiles::kOutputs);
 
   const int64_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const auto bytes = [&] { return tiles::Layout(plan, kRows, slots, kSliced).bytes; };
@@ -147,11 +159,11 @@ const char* launch_tiles(const BlockSparseLinear& op, Activation activation, voi
   plan.stages = int(std::min<int64_t>(std::max<int64_t>(chunks, 1), tiles::kMaxStages));
   while (plan.stages > 1 && bytes() > most) --plan.stages;
 
-  Grid grid{row_tiles * groups() * slices, dim3{unsigned(plan.warps) * kWarp}, bytes()};
+  Grid grid{row_tiles * groups * slices, dim3{unsigned(plan.warps) * kWarp}, bytes()};
   if (kSliced && !op.workspace) grid.cluster = slices;
   if (kMode == tiles::Mode::shared) {
-    grid.cluster = int(std::min<int64_t>(groups(), tiles::kSharers));
-    grid.blocks = row_tiles * ceil_div(groups(), grid.cluster) * grid.cluster;
+    grid.cluster = int(std::min<int64_t>(groups, tiles::kSharers));
+    grid.blocks = row_tiles * ceil_div(groups, grid.cluster) * grid.cluster;
   }
   const char* error = launch(tiles::block_sparse_tiles_kernel<T, kStrip, kRows, kMode>, grid,
                              stream, op, plan, activation);
@@ -162,25 +174,27 @@ const char* launch_tiles(const BlockSparseLinear& op, Activation activation, voi
 
 template <typename T, int kStrip>
 const char* launch_tiles(const BlockSparseLinear& op, Activation activation, void* stream) {
-  if constexpr (!std::is_same_v<T, float>) {
-    if (op.M > kMostSlicedRows) {
-      const bool several = op.N > tiles::kMaxWarps * tiles::kOutputs;
-      if (several && op.K % tiles::Walk<T>::kStep == 0 && compute_capability() >= 90) {
-        return launch_tiles<T, kStrip, kUnslicedRows, tiles::Mode::shared>(op, activation, stream);
-      }
+  constexpr tiles::Mode kSliced = tiles::Mode::sliced;
+  const tiles::Mode mode = mode_of(op, sizeof(T));
+  if constexpr (sizeof(T) == 2) {
+    if (mode == tiles::Mode::shared) {
+      return launch_tiles<T, kStrip, kUnslicedRows, tiles::Mode::shared>(op, activation, stream);
+    }
+    if (mode == tiles::Mode::plain) {
       return launch_tiles<T, kStrip, kUnslicedRows, tiles::Mode::plain>(op, activation, stream);
     }
+    if (op.M > 32) return launch_tiles<T, kStrip, 64, kSliced>(op, activation, stream);
   }
-  constexpr tiles::Mode kSliced = tiles::Mode::sliced;
-  if (op.M <= 8) return launch_tiles<T, kStrip, 8, kSliced>(op, activation, stream);
-  if (op.M <= 32) return launch_tiles<T, kStrip, 32, kSliced>(op, activation, stream);
-  return launch_tiles<T, kStrip, 64, kSliced>(op, activation, stream);
+  if (op.M > 8) return launch_tiles<T, kStrip, 32, kSliced>(op, activation, stream);
+  return launch_tiles<T, kStrip, 8, kSliced>(op, activation, stream);
 }
 
 }  // namespace
 
 int64_t block_sparse_linear_workspace(const BlockSparseLinear& op, DType dtype) {
-  if (!takes_tiles(op, dtype) || !is_sliced(op, dtype) || compute_capability() >= 90) return 0;
+  const int64_t size = dtype == DType::float32 ? 4 : 2;
+  if (compute_capability() >= 90 || !takes_tiles(op, dtype)) return 0;
+  if (mode_of(op, size) != tiles::Mode::sliced) return 0;
   return tiles::kSlices * op.M * op.N;
 }
 

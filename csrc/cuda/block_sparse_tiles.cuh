@@ -33,7 +33,7 @@ constexpr int kSharers = 4;  // thread blocks of a cluster that read the same ro
 
 enum class Mode {
   sliced,  // columns are cut over thread blocks, for few rows
-  plain,   // a thread block walks all columns
+  plain,   // a thread block walks all columns (before sm_90)
   shared,  // so does each of a cluster, and they fetch the rows of x for one another (sm_90)
 };
 
@@ -452,6 +452,7 @@ struct Kernel {
     const int64_t n_warp = n0 + warp * kOutputs;
     const auto at = [](int m, int n) { return m * kOutputs + ((n / 8 ^ m / 2 % 4) * 8 + n % 8); };
     sums.each([&](int n, int m, float sum) {
+      if (m0 + m >= op.M) return;
       if (op.bias && n_warp + n < op.N) sum += to_float(static_cast<const T*>(op.bias)[n_warp + n]);
       store(turned + at(m, n), activate(sum, activation));
     });
@@ -474,7 +475,13 @@ struct Kernel {
 template <typename T, int kStrip, int kRows, Mode kMode>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, kRows == 128 || sizeof(T) == 4 ? 1 : 2)
     block_sparse_tiles_kernel(BlockSparseLinear op, Tiles tiles, Activation activation) {
-  Kernel<T, kStrip, kRows, kMode>(op, tiles).run(activation);
+#ifdef __CUDA_ARCH__
+  // The launcher takes one of the two, and compiling them takes longest.
+  constexpr bool used = kMode == Mode::sliced || (kMode == Mode::shared) == (__CUDA_ARCH__ >= 900);
+#else
+  constexpr bool used = true;
+#endif
+  if constexpr (used) Kernel<T, kStrip, kRows, kMode>(op, tiles).run(activation);
 }
 
 // A thread adds one element of y up over the slices in the workspace, in order.
