@@ -63,10 +63,10 @@ void tiles(int64_t M, int64_t K, int64_t N, int64_t bn, int64_t bk, int capabili
 
 int main() {
   block_sparse_linear();
-  tiles(5, 200, 40, 16, 16, 90, 8, 227 * 1024);
-  tiles(3, 1160, 40, 32, 64, 90, 132, 11 * 1024);  // 3 chunks a slice, 2 of which fit
-  tiles(3, 40, 24, 16, 16, 80, 8, 227 * 1024);
-  tiles(513, 200, 40, 32, 32, 90, 132, 46 * 1024);   // 4 chunks, 2 of which fit
-  tiles(513, 208, 260, 32, 32, 90, 132, 46 * 1024);  // multicast
+  tiles(5, 136, 72, 16, 16, 90, 16, 227 * 1024);    // two warps
+  tiles(3, 1160, 40, 32, 64, 90, 132, 11 * 1024);   // 3 chunks a slice, 2 of which fit
+  tiles(3, 40, 24, 16, 16, 80, 132, 227 * 1024);    // no cluster
+  tiles(513, 200, 24, 32, 32, 80, 132, 46 * 1024);  // 4 chunks, 2 of which fit
+  tiles(513, 208, 40, 32, 32, 90, 132, 46 * 1024);  // multicast
   return ok ? 0 : 1;
 }
