@@ -87,14 +87,13 @@ def compiled(case: Case) -> Any:
         tile = gradient_tile(case.dtype, group * bn, (bn, bk), device)
         kernel = gradient_kernel
         constants |= {"ROWS": tile.cols, "COLS": tile.rows, "DEPTH": tile.depth}
-        constants |= {"EVEN": case.even}
     else:
         tile = product_tile(case.dtype, case.M, 32, group * bn, (bn, bk), device)
         kernel = product_kernel
         constants |= {"TILE_M": tile.rows, "TILE_N": tile.cols, "DEPTH": tile.depth}
-        constants |= {"SWAP": tile.swap, "TRANSPOSED": case.transposed, "EVEN_K": case.even}
-        constants |= {"EVEN_N": case.even, "HAS_BIAS": True, "ACTIVATION": "gelu"}
-    constants["GROUP"] = group
+        constants |= {"SWAP": tile.swap, "TRANSPOSED": case.transposed}
+        constants |= {"HAS_BIAS": True, "ACTIVATION": "gelu"}
+    constants |= {"GROUP": group, "EVEN_K": case.even, "EVEN_N": case.even}
     indices = ("p_pointer", "p_column", "p_block", "p_order")
     signature = {}
     for name in kernel.arg_names:

@@ -106,7 +106,8 @@ def gradient_kernel(
     COLS: tl.constexpr,  # columns of x
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
-    EVEN: tl.constexpr,  # bn divides N and bk divides K
+    EVEN_K: tl.constexpr,  # bk divides K
+    EVEN_N: tl.constexpr,  # bn divides N
 ):
     WHOLE: tl.constexpr = bn & (bn - 1) == 0 and bk & (bk - 1) == 0
     TAKE: tl.constexpr = 1 if bk >= COLS else COLS // bk  # entries of the union
@@ -147,7 +148,7 @@ def gradient_kernel(
             other=0.0,
         )  # [ROWS, DEPTH]
         m_x = m_m[:, None]
-        if not (EVEN and WHOLE):
+        if not (EVEN_K and WHOLE):
             m_x = m_x & m_k[None, :]
         b_x = tl.load(p_x + o_m[:, None] * K + o_x2, mask=m_x, other=0.0)  # [DEPTH, COLS]
         b_sum = tl.dot(b_grad, b_x, b_sum, input_precision=PRECISION)
@@ -162,7 +163,7 @@ def gradient_kernel(
         m_k = (o_x < K) & ((o_half < bk) | (TAKE > 1))
         _write(
             b_left if i_half == 0 else b_right, p_out, p_block, first, last, i_part * ROWS,
-            o_half, m_n, m_k, bn, bk, GROUP, TAKE, ROWS, HALF, WHOLE, EVEN,
+            o_half, m_n, m_k, bn, bk, GROUP, TAKE, ROWS, HALF, WHOLE, EVEN_K and EVEN_N,
         )  # fmt: skip
 
 
@@ -239,7 +240,8 @@ def block_sparse_linear_grad_values(
             COLS=tile.rows,
             DEPTH=tile.depth,
             PRECISION=precision_of(grad.dtype),
-            EVEN=N % bn == 0 and K % bk == 0,
+            EVEN_K=K % bk == 0,
+            EVEN_N=N % bn == 0,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )

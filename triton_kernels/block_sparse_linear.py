@@ -236,9 +236,11 @@ def block_sparse_linear(
 ) -> Tensor:
     """activation(x @ weight.T + bias) for a weight in blocks.
 
-    A row's result has the same bits for every M below 64, and for every M from 64 on; between the
-    two the matrix units may round otherwise, since there the operands are swapped. What is
-    infinite or NaN in x meets the zeros of the other block rows of its group.
+    A row's result has the same bits for every M where one kind of matrix instruction serves all M:
+    in float32 without TF32, on Ampere, and for 16 bits where groups have at least 64 outputs
+    (bn >= 8), since then the outputs are the instruction's rows. Else it has the same bits for
+    every M below 64 and for every M from 64 on. What is infinite or NaN in x meets the zeros of
+    the other block rows of its group.
 
     Args:
         x: [M, K], contiguous; float32, bfloat16 or float16.

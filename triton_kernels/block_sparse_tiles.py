@@ -14,7 +14,6 @@ import torch
 import triton
 
 WGMMA = (9, 10)  # major capabilities whose matrix units take 64 rows and more at once
-SHARED_BYTES = {8: 99 * 1024, 9: 227 * 1024, 10: 227 * 1024, 12: 99 * 1024}  # of a program
 
 
 @dataclass(frozen=True)
@@ -88,21 +87,31 @@ def product_tile(
     """
     few = max(16, triton.next_power_of_2(M))
     cols = max(16, triton.next_power_of_2(min(width, 128)))
+    half = dtype != torch.float32
     if not whole(*block) or block[1] < 8:
         # Indices stand in registers, one for each weight.
-        return Tile(min(few, 64), min(cols, 64), 32, 4, 3)
+        cols = min(cols, 64)
+        return Tile(min(few, 64), cols, 32, 4, 3, _swapped(half, cols, device))
     if exact(dtype):
         return Tile(min(few, 64), min(cols, 64), 32, 8 if M > 32 else 4, 3)
     if M < 64:
         cols = min(cols, 64)
-        swap = device.major in WGMMA and dtype != torch.float32 and cols == 64
-        return Tile(few, cols, 64 if dtype == torch.float32 else 128, 4, 4, swap)
-    if dtype == torch.float32:
+        return Tile(few, cols, 128 if half else 64, 4, 4, _swapped(half, cols, device))
+    if not half:
         return Tile(128 if M > 64 else 64, cols, 32, 8, 3)
-    programs = lines * triton.cdiv(width, cols)
-    if M > 128 and device.major in WGMMA and programs * triton.cdiv(M, 256) >= device.cores:
-        return Tile(256, cols, 64, 8, 4)
-    return Tile(128, cols, 64, 8, 4) if M > 64 else Tile(64, cols, 64, 4, 4)
+    programs, swap = lines * triton.cdiv(width, cols), _swapped(half, cols, device)
+    if M > 128 and swap and programs * triton.cdiv(M, 256) >= device.cores:
+        return Tile(256, cols, 64, 8, 4, swap)
+    return Tile(128, cols, 64, 8, 4, swap) if M > 64 else Tile(64, cols, 64, 4, 4, swap)
+
+
+def _swapped(half: bool, cols: int, device: Device) -> bool:
+    """Whether outputs are the rows of the product: they fill the 64 of wgmma whatever M is.
+
+    And rows of x fill its 256 columns: [64, 256, 16] reads 10 KB of shared memory in 128 cycles,
+    where two of [64, 128, 16] read 12. 32-bit operands would have to be turned over.
+    """
+    return half and cols >= 64 and device.major in WGMMA
 
 
 def gradient_tile(dtype: torch.dtype, width: int, block: tuple[int, int], device: Device) -> Tile:
@@ -117,7 +126,9 @@ def gradient_tile(dtype: torch.dtype, width: int, block: tuple[int, int], device
         device: where it runs.
     """
     cols = max(16, triton.next_power_of_2(min(width, 128)))
-    if exact(dtype) or not whole(*block) or min(block) < 8:
+    if not whole(*block) or min(block) < 8:
+        return Tile(64, min(cols, 64), 32, 4, 3)
+    if exact(dtype):
         return Tile(64, min(cols, 64), 32, 8, 3)
     if dtype == torch.float32:
         return Tile(128, min(cols, 64), 32, 8, 3)
