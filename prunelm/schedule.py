@@ -1,5 +1,6 @@
 """What GPU kernels would otherwise search a pattern of blocks for, computed once per pattern."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -39,45 +40,78 @@ class Groups:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Views into the one int32 tensor that travels with a weight; offsets follow from sizes alone.
+    """Named views into the one int32 tensor that travels with a weight.
 
     Attributes:
-        cut: [ceil(N / bn), 9]: the first stored block of each block row whose block column is at
-            least i * ceil(cols / 8); cut[:, 0] and cut[:, 8] are crow[:-1] and crow[1:].
-        by_row: groups of block rows, for products with the weight's transpose.
-        by_column: the same of the transposed weight, for the gradient to x.
+        tensor: from `make_schedule`; where its parts begin follows from the sizes alone.
+        shape: (N, K).
+        block: (bn, bk).
+        nnz: stored blocks.
+
+    Raises:
+        ValueError: the tensor is not a schedule for that many such blocks.
     """
 
-    cut: Tensor
-    by_row: Groups
-    by_column: Groups
+    tensor: Tensor
+    shape: tuple[int, int]
+    block: tuple[int, int]
+    nnz: int
 
-    @staticmethod
-    def view(
-        schedule: Tensor, shape: tuple[int, int], block: tuple[int, int], nnz: int
-    ) -> "Schedule":
-        """The parts of `schedule`.
-
-        Raises:
-            ValueError: its size is not that of a schedule for nnz such blocks.
-        """
-        rows, cols = -(-shape[0] // block[0]), -(-shape[1] // block[1])
-        sizes: list[tuple[int, ...]] = [(rows, PARTS + 1)]
-        for lines, b in ((rows, block[0]), (cols, block[1])):
-            size = group_size(b)
-            groups = -(-lines // size)
-            sizes += [(groups + 1,), (nnz,), (nnz, size), (groups,)]
-        counts = [_aligned(torch.Size(size).numel()) for size in sizes]
-        if schedule.dtype != torch.int32 or schedule.shape != (sum(counts),):
+    def __post_init__(self) -> None:
+        size = self._by_column + self._groups_size(1)
+        if self.tensor.dtype != torch.int32 or self.tensor.shape != (size,):
             raise ValueError(
-                f"schedule: expected int32 [{sum(counts)}] for {nnz} blocks, got "
-                f"{schedule.dtype} {list(schedule.shape)}"
+                f"schedule: expected int32 [{size}] for {self.nnz} blocks, got "
+                f"{self.tensor.dtype} {list(self.tensor.shape)}"
             )
-        parts = [
-            part[: torch.Size(size).numel()].view(size)
-            for part, size in zip(torch.split(schedule, counts), sizes, strict=True)
-        ]
-        return Schedule(parts[0], Groups(*parts[1:5]), Groups(*parts[5:9]))
+
+    @property
+    def cut(self) -> Tensor:
+        """[rows, 9]: the first stored block of each block row in column i * ceil(cols / 8) or past.
+
+        cut[:, 0] and cut[:, 8] are crow[:-1] and crow[1:].
+        """
+        return self._part(0, (self._lines(0), PARTS + 1))
+
+    @property
+    def by_row(self) -> Groups:
+        """Groups of block rows, for products with the weight's transpose."""
+        return self._groups(self._by_row, 0)
+
+    @property
+    def by_column(self) -> Groups:
+        """The same of the transposed weight, for the gradient to x."""
+        return self._groups(self._by_column, 1)
+
+    @property
+    def _by_row(self) -> int:
+        return _aligned(self._lines(0) * (PARTS + 1))
+
+    @property
+    def _by_column(self) -> int:
+        return self._by_row + self._groups_size(0)
+
+    def _lines(self, side: int) -> int:
+        return -(-self.shape[side] // self.block[side])
+
+    def _groups_shapes(self, side: int) -> tuple[tuple[int, ...], ...]:
+        size = group_size(self.block[side])
+        groups = -(-self._lines(side) // size)
+        return (groups + 1,), (self.nnz,), (self.nnz, size), (groups,)
+
+    def _groups_size(self, side: int) -> int:
+        return sum(_aligned(math.prod(shape)) for shape in self._groups_shapes(side))
+
+    def _groups(self, begin: int, side: int) -> Groups:
+        parts = []
+        for shape in self._groups_shapes(side):
+            parts.append(self._part(begin, shape))
+            begin += _aligned(math.prod(shape))
+        return Groups(*parts)
+
+    def _part(self, begin: int, shape: tuple[int, ...]) -> Tensor:
+        strides = (1,) if len(shape) == 1 else (shape[1], 1)
+        return self.tensor.as_strided(shape, strides, self.tensor.storage_offset() + begin)
 
 
 def make_schedule(

@@ -44,7 +44,7 @@ def assert_groups(groups: Groups, mask: Tensor, number: Tensor) -> None:
 def test_schedule(N: int, K: int, block: tuple[int, int], keep: float) -> None:
     weight, mask = stored(N, K, block, keep)
     assert weight.schedule is not None and weight.schedule.dtype == torch.int32
-    schedule = Schedule.view(weight.schedule, weight.shape, block, weight.nnz)
+    schedule = Schedule(weight.schedule, weight.shape, block, weight.nnz)
     rows, cols = mask.shape
     number = torch.full((rows, cols), -1)
     number[mask] = torch.arange(weight.nnz)
@@ -60,7 +60,7 @@ def test_schedule(N: int, K: int, block: tuple[int, int], keep: float) -> None:
 def test_the_cut_comes_first_and_every_part_at_16_bytes() -> None:
     weight, _ = stored(300, 50, (16, 4), 0.3)
     assert weight.schedule is not None
-    schedule = Schedule.view(weight.schedule, weight.shape, weight.block, weight.nnz)
+    schedule = Schedule(weight.schedule, weight.shape, weight.block, weight.nnz)
     assert schedule.cut.storage_offset() == 0
     for groups in (schedule.by_row, schedule.by_column):
         for part in (groups.pointer, groups.column, groups.block, groups.order):
@@ -93,4 +93,4 @@ def test_the_schedule_of_another_number_of_blocks_is_refused() -> None:
     weight, _ = stored(64, 96, (16, 16), 0.4)
     assert weight.schedule is not None
     with pytest.raises(ValueError, match=r"schedule: expected int32 \[\d+\] for 3 blocks, got"):
-        Schedule.view(weight.schedule, weight.shape, weight.block, 3)
+        Schedule(weight.schedule, weight.shape, weight.block, 3)

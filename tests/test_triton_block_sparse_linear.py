@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ pytest.importorskip("triton")
 from tolerance import assert_as_accurate
 
 from prunelm import ops
+from prunelm.benchmarks.tune_block_sparse import M_BUCKETS, tune
 from prunelm.nn import BlockSparseLinear
 from prunelm.ops.block_sparse_linear import block_sparse_linear_reference
 from prunelm.sparse import BlockSparse
@@ -229,3 +231,18 @@ def test_compiled_for_gpus(which: str, tmp_path: Path) -> None:
     assert len(lines) >= 13
     for line in lines:
         check_compiled(json.loads(line))
+
+
+def test_tuning_puts_the_fastest_tile_first() -> None:
+    calls: list[float] = []
+
+    def time_us(call: Callable[[], object]) -> float:
+        call()
+        calls.append(float(-len(calls)))
+        return calls[-1]
+
+    found = tune((16, 16), torch.float32, (32, 48), seconds=0.0, time_us=time_us)
+    assert [len(times) for times in found.values()] == [1] * len(M_BUCKETS)
+    found = tune((16, 16), torch.float32, (16, 16), seconds=0.1, time_us=time_us)
+    for times in found.values():
+        assert [us for _, us in times] == sorted(us for _, us in times)

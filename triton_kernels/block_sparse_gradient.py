@@ -85,7 +85,7 @@ def _write(b_sum, p_out, p_block, first, last, first_n, o_k, m_n, m_k, bn: tl.co
         tl.store(p_out + o_out, b_zero, mask=m_out & (m_inside == 0))
 
 
-@triton.jit(do_not_specialize=["M", "chunks", "rows_each"])
+@triton.jit(do_not_specialize=["M", "nnz", "chunks", "rows_each"])
 def gradient_kernel(
     p_grad,  # [M, N]
     p_x,  # [M, K]
@@ -204,7 +204,7 @@ def block_sparse_linear_grad_values(
     if size > 1:
         if schedule is None:
             schedule = make_schedule(crow, col, (N, K), block)
-        groups = Schedule.view(schedule, (N, K), block, nnz).by_row
+        groups = Schedule(schedule, (N, K), block, nnz).by_row
         pointer, column, blocks = groups.pointer, groups.column, groups.block
     if tile is None:
         tile = gradient_tile(grad.dtype, size * bn, block, Device.of(grad.device))

@@ -260,7 +260,7 @@ def block_sparse_linear(
     shape = (out_features, x.shape[1])
     if schedule is None:
         schedule = make_schedule(crow, col, shape, (bn, bk))
-    groups = Schedule.view(schedule, shape, (bn, bk), values.shape[0]).by_row
+    groups = Schedule(schedule, shape, (bn, bk), values.shape[0]).by_row
     return _product(x, values, groups, bias, (bn, bk), shape, activation, False, tile)
 
 
@@ -279,7 +279,7 @@ def block_sparse_linear_grad_x(
     shape = (grad.shape[1], in_features)
     if schedule is None:
         schedule = make_schedule(crow, col, shape, (bn, bk))
-    groups = Schedule.view(schedule, shape, (bn, bk), values.shape[0]).by_column
+    groups = Schedule(schedule, shape, (bn, bk), values.shape[0]).by_column
     return _product(grad, values, groups, None, (bk, bn), shape[::-1], None, True, tile)
 
 
