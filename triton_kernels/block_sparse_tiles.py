@@ -88,7 +88,7 @@ def product_tile(
     few = max(16, triton.next_power_of_2(M))
     cols = max(16, triton.next_power_of_2(min(width, 128)))
     half = dtype != torch.float32
-    if not whole(*block) or block[1] < 8:
+    if not whole(*block) or block[1] < 4:
         # Indices stand in registers, one for each weight.
         cols = min(cols, 64)
         return Tile(min(few, 64), cols, 32, 4, 3, _swapped(half, cols, device))
@@ -126,7 +126,7 @@ def gradient_tile(dtype: torch.dtype, width: int, block: tuple[int, int], device
         device: where it runs.
     """
     cols = max(16, triton.next_power_of_2(min(width, 128)))
-    if not whole(*block) or min(block) < 8:
+    if not whole(*block) or min(block) < 4:
         return Tile(64, min(cols, 64), 32, 4, 3)
     if exact(dtype):
         return Tile(64, min(cols, 64), 32, 8, 3)
