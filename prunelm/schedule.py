@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+INT32_MAX = 2**31 - 1
 PARTS = 8  # of K, between which the decode kernel of CUDA shares a block row out
 TILE = 128  # outputs that a program of the Triton kernels computes together, at most
 LARGEST_GROUP = 8  # more rows would make the tables of single weights larger than the weights
@@ -124,9 +125,15 @@ def make_schedule(
         col: [nnz] int32, ascending in each block row.
         shape: (N, K).
         block: (bn, bk).
+
+    Raises:
+        ValueError: kernels could not count the tables' entries in int32.
     """
     rows, cols = -(-shape[0] // block[0]), -(-shape[1] // block[1])
     device, nnz = crow.device, col.shape[0]
+    most = INT32_MAX // max(map(group_size, block))
+    if nnz > most:
+        raise ValueError(f"schedule: expected at most {most} blocks of {block}, got {nnz}")
     row = torch.searchsorted(
         crow[1:], torch.arange(nnz, dtype=torch.int32, device=device), right=True
     )

@@ -5,9 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from prunelm.schedule import make_schedule
-
-INT32_MAX = 2**31 - 1
+from prunelm.schedule import INT32_MAX, make_schedule
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from prunelm import BlockSparse
-from prunelm.schedule import Groups, Schedule, group_size
+from prunelm.schedule import Groups, Schedule, group_size, make_schedule
 
 SHAPES = [
     pytest.param(64, 96, (16, 16), 0.4, id="whole"),
@@ -94,3 +94,12 @@ def test_the_schedule_of_another_number_of_blocks_is_refused() -> None:
     assert weight.schedule is not None
     with pytest.raises(ValueError, match=r"schedule: expected int32 \[\d+\] for 3 blocks, got"):
         Schedule(weight.schedule, weight.shape, weight.block, 3)
+
+
+def test_more_blocks_than_int32_counts_in_groups_are_refused() -> None:
+    crow = torch.empty(2**20 + 1, dtype=torch.int32, device="meta")
+    col = torch.empty(2**28, dtype=torch.int32, device="meta")
+    with pytest.raises(
+        ValueError, match=r"schedule: expected at most 268435455 blocks of \(1, 1\)"
+    ):
+        make_schedule(crow, col, (2**20, 2**20), (1, 1))

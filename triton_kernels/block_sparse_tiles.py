@@ -129,7 +129,7 @@ def gradient_tile(dtype: torch.dtype, width: int, block: tuple[int, int], device
     if not whole(*block) or min(block) < 4:
         return Tile(64, min(cols, 64), 32, 4, 3)
     if exact(dtype):
-        return Tile(64, min(cols, 64), 32, 8, 3)
+        return Tile(64, min(cols, 64), 16, 8, 3)
     if dtype == torch.float32:
         return Tile(128, min(cols, 64), 32, 8, 3)
     return Tile(256 if device.major in WGMMA else 128, cols, 64, 8, 4)
