@@ -74,8 +74,9 @@ def block_sparse_linear(
         stored = BlockSparse(values, weight.crow, weight.col, weight.shape)
         return block_sparse_linear_reference(x, stored, bias, activation)
     crow, col, schedule = weight.crow, weight.col, weight.schedule
-    if chosen == "triton" and schedule is None:  # once for the call and its gradients
-        schedule = weight.scheduled().schedule
+    learns = torch.is_grad_enabled() and (x.requires_grad or values.requires_grad)
+    if chosen == "triton" or (chosen == "cuda" and learns and WITH_TRITON):
+        schedule = weight.scheduled().schedule  # once for the call and its gradients
     run = _triton if chosen == "triton" else _OP
     return cast(Tensor, run(x, values, crow, col, bias, weight.shape[0], code, schedule))
 
