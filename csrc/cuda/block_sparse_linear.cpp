@@ -18,7 +18,8 @@ Tensor bn_fastest(const Tensor& values) { return packed(torch::stable::transpose
 
 Tensor block_sparse_linear_cuda(const Tensor& x_given, const Tensor& values, const Tensor& crow,
                                 const Tensor& col, const std::optional<Tensor>& bias,
-                                int64_t out_features, int64_t activation) {
+                                int64_t out_features, int64_t activation,
+                                const std::optional<Tensor>& /*schedule*/) {
   const BlockSparseShape s =
       check_block_sparse_linear(x_given, values, crow, col, bias, out_features, activation);
   check_dtype_of("values", values, "x", x_given);

@@ -70,7 +70,8 @@ def refusals(op: str, x: Tensor, weights: Mapping[str, Tensor]) -> dict[str, tup
             reasons["cpu"].append(
                 f"{name}: expected x's {x.dtype}, or 16 bits beside float32, got {tensor.dtype}"
             )
-    if not WITH_CUDA and x.device.type == "cuda" and torch.is_grad_enabled():
+    own_gradient = op == "block_sparse_linear"  # in Triton too
+    if not (WITH_CUDA or own_gradient) and x.device.type == "cuda" and torch.is_grad_enabled():
         if any(tensor.requires_grad for tensor in tensors.values()):
             reasons["triton"].append(f"gradients of {op} need the extension built with CUDA")
     return {name: tuple(why) for name, why in reasons.items() if why}
