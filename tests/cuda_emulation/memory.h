@@ -1,6 +1,7 @@
 // What the memory_<op>.cpp share: each runs an op's kernels on small odd shapes, every tensor in a
-// heap block of its exact size. Built with AddressSanitizer it is a bounds checker, with
-// ThreadSanitizer a race checker.
+// heap block of its exact size, and every launcher called through `launched`. Built with
+// AddressSanitizer it is a bounds checker, with ThreadSanitizer a race checker; built by nvcc it
+// runs on a GPU, under compute-sanitizer (benchmarks/gpu_check.py).
 #pragma once
 
 #include <cmath>
@@ -11,6 +12,15 @@
 #include <vector>
 
 #include "cuda/launch.h"
+#ifdef ON_DEVICE
+#include "on_device.h"
+#else
+// The launcher's error text or nullptr.
+template <typename... Parameters, typename... Arguments>
+const char* launched(const char* (*launcher)(Parameters...), const Arguments&... arguments) {
+  return launcher(arguments...);
+}
+#endif
 
 using namespace prunelm::cuda;
 

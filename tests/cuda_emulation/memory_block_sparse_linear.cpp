@@ -10,15 +10,16 @@ void block_sparse_linear() {
   const BlockSparseLinear op{
       x.data(), values.data(), crow.data(), col.data(), bias.data(), y.data(), M, K, N, bn, bk};
   report("block_sparse_linear",
-         launch_block_sparse_linear(op, DType::float32, Activation::gelu, nullptr), y);
+         launched(launch_block_sparse_linear, op, DType::float32, Activation::gelu, nullptr), y);
 
   std::vector<float> grad_x(M * K, NAN), grad_values(values.size(), NAN);
   BlockSparseGradient gradient{
       y.data(), x.data(), values.data(), crow.data(), col.data(), grad_x.data(), M, K, N, bn,
       bk,       3};
-  report("grad_x", launch_block_sparse_linear_grad_x(gradient, nullptr), grad_x);
+  report("grad_x", launched(launch_block_sparse_linear_grad_x, gradient, nullptr), grad_x);
   gradient.out = grad_values.data();
-  report("grad_values", launch_block_sparse_linear_grad_values(gradient, nullptr), grad_values);
+  report("grad_values", launched(launch_block_sparse_linear_grad_values, gradient, nullptr),
+         grad_values);
 }
 
 }  // namespace
