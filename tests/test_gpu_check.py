@@ -60,10 +60,12 @@ def test_what_a_hanging_command_started_is_ended_too(tmp_path: Path) -> None:
 
 def test_steps_end_with_the_whole_time(tmp_path: Path) -> None:
     sleeps = python("sleeps", "import time; time.sleep(60)")
-    steps = [Step("first", (sleeps,), 60), Step("second", (sleeps,), 60)]
-    outcomes = gpu_check.run_all(steps, 6, {}, tmp_path, {})
-    assert [o.status for o in outcomes] == ["timed out after 6 s", "left out: no time"]
-    assert not any(o.good for o in outcomes)
+    good = python("good", "")
+    steps = [Step(name, (sleeps,), 60) for name in ("first", "second")]
+    steps.append(Step("shown", (good,), 10, shown=True))
+    outcomes = gpu_check.run_all(steps, 16, {}, tmp_path, {})
+    assert [o.status for o in outcomes] == ["timed out after 6 s", "left out: no time", "passed"]
+    assert [o.good for o in outcomes] == [False, False, True]
 
 
 def run(*words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -90,7 +92,7 @@ def test_every_module_of_the_plan_is_there() -> None:
 def test_the_limits_leave_time_within_ten_minutes() -> None:
     steps = gpu_check.plan("python3", Path("/out"))
     assert [step.name for step in steps[:3]] == ["build", "tests", "sanitizer"]
-    assert all(step.limit_s <= 200 for step in steps)
+    assert all(step.limit_s <= 200 for step in steps) and steps[-1].shown
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
