@@ -184,7 +184,7 @@ def plan(python: str, out: Path, listed: str = "9.0a", nvcc: str = "nvcc") -> li
         Step("beam step", (module("gpu_beam_step", "--seconds", "20", *to),), 40),
         Step("training", (module("gpu_training_step", "--seconds", "20", *to),), 40),
         Step("torch's BSR", (module("gpu_torch_bsr", "--seconds", "60", *to),), 80),
-        Step("goals", (module("gpu_goals", *to),), 20, shown=True),
+        Step("goals", (module("gpu_choice", *to), module("gpu_goals", *to)), 20, shown=True),
     ]
 
 

@@ -163,7 +163,7 @@ def test_gpu_tests_need_nothing_that_is_not_there(site: Path) -> None:
 def test_benchmarks_need_nothing_that_is_not_there(site: Path) -> None:
     names = [p.stem for p in (ROOT / "benchmarks").glob("gpu_*.py")]
     code = "import importlib\n" + "\n".join(
-        f"importlib.import_module('prunelm.benchmarks.{name}').main" for name in names
+        f"importlib.import_module('prunelm.benchmarks.{name}')" for name in names
     )
     code += f"\nimport prunelm; print(prunelm.__file__.startswith({str(site)!r}))"
     result = blocked(code, site)
