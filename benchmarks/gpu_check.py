@@ -182,6 +182,7 @@ def plan(python: str, out: Path, listed: str = "9.0a", nvcc: str = "nvcc") -> li
         Step("block-sparse", (module("gpu_block_sparse_linear", "--seconds", "75", *to),), 100),
         Step("low rank", (module("gpu_low_rank_linear", "--seconds", "20", *to),), 40),
         Step("beam step", (module("gpu_beam_step", "--seconds", "20", *to),), 40),
+        Step("model", (module("gpu_model", "--seconds", "30", *to),), 50),
         Step("training", (module("gpu_training_step", "--seconds", "20", *to),), 40),
         Step("torch's BSR", (module("gpu_torch_bsr", "--seconds", "60", *to),), 80),
         Step("goals", (module("gpu_choice", *to), module("gpu_goals", *to)), 20, shown=True),

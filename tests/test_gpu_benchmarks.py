@@ -16,10 +16,12 @@ from prunelm.benchmarks import (
     gpu_block_sparse_linear,
     gpu_harness,
     gpu_low_rank_linear,
+    gpu_model,
     gpu_torch_bsr,
     gpu_training_step,
 )
 from prunelm.benchmarks.gpu_harness import Dense, Roof, Times
+from prunelm.models.lm import LayerSizes, LMConfig
 
 ROOF = Roof(tflops=800, gbytes=3000, floor_us=2)
 
@@ -103,6 +105,25 @@ def test_a_training_step_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(gpu_training_step, "dense_step", wrong)
         with pytest.raises(RuntimeError, match="gradient to values, on cpu: expected an error"):
             run()
+
+
+def test_steps_of_a_model_are_checked_and_set_beside_their_roof(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layers = (LayerSizes(4, 64),) * 2
+    config = LMConfig(gpu_model.VOCABULARY, 64, 16, layers)
+    monkeypatch.setattr(LMConfig, "preset", staticmethod(lambda *_: config))
+    monkeypatch.setattr(gpu_model, "CONTEXT", 4)
+    with torch.no_grad():
+        found = gpu_harness.run_cases(gpu_model.cases(FakeTimer(), ROOF, False, "cpu"), 60)
+    rows, failed = found
+    assert failed == 0, rows
+    assert [row["model"] for row in rows] == list(gpu_model.MODELS)
+    assert all(row["us"] == 10.0 and row["speedup"] == 1.0 for row in rows)
+    # The dense layers of 64 x 64 numbers: 2 (12 + 8) 2 64^2 bytes, the head, keys and values.
+    dense, blocks = rows[0]["roof_us"], rows[1]["roof_us"]
+    weights = 2 * 2 * (4 + 2) * 64**2 + 2 * 500 * 64
+    assert weights / 3e6 < dense < 3 * weights / 3e6 and blocks < dense
 
 
 def test_stored_blocks_are_found_again() -> None:
