@@ -101,7 +101,7 @@ def forward(
 
 def cases(timer: Timer, roof: Roof, full: bool, device: str = "cuda") -> list[Case]:
     """All lines, the goals' first."""
-    dense = Dense(timer)
+    dense = Dense(timer, compile_s=25)
     layer_of = cache(partial(Layer, device=device))  # 16 of 40 MB with their zeros
     found = []
     for shape, M, block, sparsity, backend in product(

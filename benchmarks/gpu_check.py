@@ -161,7 +161,10 @@ def plan(python: str, out: Path, listed: str = "9.0a", nvcc: str = "nvcc") -> li
         {"TORCH_CUDA_ARCH_LIST": listed, "PRUNELM_CUDA": "1"},
     )
     tests = module("gpu_tests", *gpu_tests(), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
-    sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--print-limit", "20", "--tool")
+    # Beside nvcc where it is not on the PATH.
+    near = Path(shutil.which(nvcc) or nvcc).resolve().with_name("compute-sanitizer")
+    program = shutil.which("compute-sanitizer") or (str(near) if near.exists() else near.name)
+    sanitizer = (program, "--error-exitcode", "9", "--print-limit", "20", "--tool")
     # Each allocation of torch's is one of the driver's, of its exact size.
     exact = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     checked = [

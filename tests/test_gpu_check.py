@@ -103,6 +103,33 @@ def test_without_a_gpu_it_says_so_in_one_line(capsys: pytest.CaptureFixture[str]
     assert torch.__version__ in said
 
 
+@pytest.mark.parametrize(("code", "exit_code"), [("", 0), ("raise SystemExit(3)", 1)])
+def test_the_summary_comes_last_and_the_exit_code_says_how_it_went(
+    code: str,
+    exit_code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def plan(python: str, out: Path, listed: str, nvcc: str) -> list[Step]:
+        assert listed == "9.0a"
+        where = "import prunelm.benchmarks.gpu_check as g; print(g.__file__)"
+        command = Command("command", (python, "-c", f"{where}; {code}"))
+        return [Step("build", (command,), 20), Step("other", (command,), 20)]
+
+    monkeypatch.setattr(gpu_check, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(gpu_check, "plan", plan)
+    monkeypatch.setattr(gpu_check, "look", lambda _: {"gpu": "a card", "capability": [9, 0]})
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    assert gpu_check.main(["--only", "build"]) == exit_code
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"{1 - exit_code} of 1 passed"
+    assert str(tmp_path / "build" / "site") in lines[-2]  # this checkout, as a package
+    assert (tmp_path / "out" / "check.json").is_file()
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--only", "nothing"])
+
+
 @pytest.mark.parametrize(
     ("capability", "listed"), [((8, 0), "8.0"), ((9, 0), "9.0a"), ((10, 0), "10.0")]
 )
