@@ -1,11 +1,13 @@
 """On an NVIDIA GPU: every op replays in a graph on new inputs, and its registrations hold."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunelm import ops
 from prunelm.ops.backend import WITH_CUDA, WITH_TRITON
@@ -73,7 +75,7 @@ def gradients(M: int, block: int, backend: Any) -> Ways:
 
     def call(x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
         x, values = x.detach().requires_grad_(), weight.values.detach().requires_grad_()
-        leaf = BlockSparse(values, weight.crow, weight.col, weight.shape)
+        leaf = dataclasses.replace(weight, values=values)
         y = ops.block_sparse_linear(x, leaf, backend=backend)
         return torch.autograd.grad(y, (x, values), grad)
 
@@ -117,44 +119,39 @@ def test_a_graph_replays_on_new_inputs(make: Any, sizes: tuple[int, int], backen
             assert all(bool(tensor.any()) for tensor in out)
 
 
-@pytest.mark.parametrize("block", [16, 64])
-def test_block_sparse_linear_passes_opcheck(block: int) -> None:
-    weight = weight_of(block)
-    bias = torch.randn(320, dtype=torch.bfloat16, device="cuda")
-    x = torch.randn(5, 256, dtype=torch.bfloat16, device="cuda")
-    args = (x, weight.values, weight.crow, weight.col, bias, 320, 2)
-    names = [name for name, there in (("", WITH_CUDA), ("_triton", WITH_TRITON)) if there]
-    for name in names:
-        op = getattr(torch.ops.prunelm, f"block_sparse_linear{name}").default
-        if len(op._schema.arguments) != len(args):
-            pytest.skip("the op takes more than its contract's tensors")
-        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+class Calls(TorchDispatchMode):
+    """Records what the public ops hand to the registered ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "prunelm":
+            self.found.append((func, args, kwargs))
+        return func(*args, **(kwargs or {}))
 
 
-def test_low_rank_linear_passes_opcheck() -> None:
-    x, down, up = (
-        torch.randn(*s, dtype=torch.bfloat16, device="cuda")
-        for s in ((5, 256), (64, 256), (320, 64))
-    )
-    names = [name for name, there in (("", WITH_CUDA), ("_triton", WITH_TRITON)) if there]
-    for name in names:
-        op = getattr(torch.ops.prunelm, f"low_rank_linear{name}").default
-        args = (x, down, up, None, 0)
-        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
-
-
-def test_beam_step_passes_opcheck() -> None:
-    B, W, V = 3, 4, 50
-    score, logits = torch.randn(B, W, device="cuda"), torch.randn(B, W, V, device="cuda")
-    row = torch.arange(B * W, device="cuda").view(B, W)
-    rows, weight = torch.randn(B * W, V, device="cuda"), torch.rand(B, device="cuda")
-    args = (score, logits, [rows], [row], [weight], None, [0], None, 1.0, 0.0, "late", False)
-    names = [name for name, there in (("", WITH_CUDA), ("_triton", WITH_TRITON)) if there]
-    for name in names:
-        op = getattr(torch.ops.prunelm, f"beam_step{name}")
-        if len(op.default._schema.arguments) != len(args):
-            pytest.skip("the op takes more than its contract's tensors")
-        torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "make, sizes",
+    [
+        pytest.param(block_sparse, (5, 16), id="block-sparse-16"),
+        pytest.param(block_sparse, (70, 64), id="block-sparse-64"),
+        pytest.param(low_rank, (5, 64), id="low-rank"),
+        pytest.param(beam, (3, 50), id="beam"),
+        pytest.param(gradients, (33, 16), id="gradients"),
+    ],
+)
+def test_the_registered_ops_pass_opcheck(make: Any, sizes: tuple[int, int], backend: Any) -> None:
+    call, draw = make(*sizes, backend)
+    with Calls() as calls:
+        call(*draw())
+    assert calls.found
+    checks = ("test_schema", "test_faketensor")
+    for func, args, kwargs in calls.found:
+        args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+        torch.library.opcheck(func, args, kwargs or {}, test_utils=checks)
 
 
 @pytest.mark.parametrize("M", [1, 64, 65, 4096])
