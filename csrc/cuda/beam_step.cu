@@ -291,7 +291,7 @@ __global__ void beam_step_kernel(BeamStep op, int64_t own) {
 template <typename T, typename S>
 const char* launch_typed(const BeamStep& op, void* stream) {
   const int64_t own = op.prune == Prune::early ? (op.W < op.V ? op.W : op.V) : 0;
-  return launch(beam_step_kernel<T, S>, op.B, dim3{kThreads}, Shared<T, S>::bytes(op.W, own),
+  return launch(beam_step_kernel<T, S>, {op.B, dim3{kThreads}, Shared<T, S>::bytes(op.W, own)},
                 stream, op, own);
 }
 

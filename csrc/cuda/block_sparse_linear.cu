@@ -1,4 +1,8 @@
 // Block-sparse linear on CUDA; contract in prunelm/ops/block_sparse_linear.py.
+#include <algorithm>
+#include <type_traits>
+
+#include "cuda/block_sparse_tiles.cuh"
 #include "cuda/device.cuh"
 
 namespace prunelm::cuda {
@@ -85,22 +89,127 @@ __global__ void grad_values_kernel(BlockSparseGradient op) {
 
 const char* launch_block_sparse_linear_grad_x(const BlockSparseGradient& op, void* stream) {
   if (op.M * op.K == 0) return nullptr;
-  return launch(grad_x_kernel, ceil_div(op.M * op.K, kThreads), dim3{kThreads}, 0, stream, op);
+  return launch(grad_x_kernel, {ceil_div(op.M * op.K, kThreads), dim3{kThreads}}, stream, op);
 }
 
 const char* launch_block_sparse_linear_grad_values(const BlockSparseGradient& op, void* stream) {
   const int64_t count = op.nnz * op.bk * op.bn;
   if (count == 0) return nullptr;
-  return launch(grad_values_kernel, ceil_div(count, kThreads), dim3{kThreads}, 0, stream, op);
+  return launch(grad_values_kernel, {ceil_div(count, kThreads), dim3{kThreads}}, stream, op);
+}
+
+namespace {
+
+// More rows than this are not sliced: there is work enough for all multiprocessors without.
+constexpr int64_t kMostSlicedRows = 512;
+constexpr int kUnslicedRows = 128;  // of a thread block
+
+bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// Whether the kernel in tiles takes it: steps lie within a block and within a chunk of x's columns,
+// and all of it can be copied 16 bytes at a time.
+bool takes_tiles(const BlockSparseLinear& op, DType dtype) {
+  const int64_t size = dtype == DType::float32 ? 4 : 2;
+  const int64_t step = tiles::kStepBytes / size, chunk = tiles::kChunkBytes / size;
+  return op.bn % 16 == 0 && op.bk % step == 0 && (chunk % op.bk == 0 || op.bk % chunk == 0) &&
+         op.K * size % 16 == 0 && op.K < INT32_MAX - 2 * op.bk && aligned(op.x) && aligned(op.y) &&
+         aligned(op.values) && compute_capability() >= 80;
+}
+
+int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+
+// Warps of a thread block, each for 32 outputs, where there are `times` blocks for the same
+// outputs. Little work: less for each, until most multiprocessors have some. M counts here, but no
+// result depends on how outputs are shared out.
+int warps_of(const BlockSparseLinear& op, int64_t times) {
+  const int64_t enough = device_attribute(cudaDevAttrMultiProcessorCount) * 3 / 4;
+  int warps = tiles::kMaxWarps;
+  while (warps > 1 && times * ceil_div(op.N, warps * tiles::kOutputs) < enough) warps /= 2;
+  return warps;
+}
+
+tiles::Mode mode_of(const BlockSparseLinear& op, int64_t size) {
+  // float32 is bound by its multiply-adds: it stays sliced however many rows there are.
+  if (size == 4 || op.M <= kMostSlicedRows) return tiles::Mode::sliced;
+  if (compute_capability() < 90) return tiles::Mode::plain;
+  const int warps = warps_of(op, ceil_div(op.M, kUnslicedRows));
+  const bool several = op.N > warps * tiles::kOutputs,
+             whole_steps = op.K * size % tiles::kStepBytes == 0;
+  return several && whole_steps ? tiles::Mode::shared : tiles::Mode::sliced;
+}
+
+template <typename T, int kStrip, int kRows, tiles::Mode kMode>
+const char* launch_tiles(const BlockSparseLinear& op, Activation activation, void* stream) {
+  constexpr bool kSliced = kMode == tiles::Mode::sliced;
+  const int slots = tiles::Ring<kStrip>::kSlots, slices = kSliced ? tiles::kSlices : 1;
+  tiles::Tiles plan{tiles::kMaxWarps, 0, op.K};
+  if (kSliced) plan.slice = ceil_div(ceil_div(op.K, op.bk), slices) * op.bk;
+  const int64_t row_tiles = ceil_div(op.M, kRows);
+  plan.warps = warps_of(op, row_tiles * slices);
+  const int64_t groups = ceil_div(op.N, plan.warps * tiles::kOutputs);
+
+  const int64_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const auto bytes = [&] { return tiles::Layout(plan, kRows, slots, kSliced).bytes; };
+  const int64_t chunks = ceil_div(plan.slice * int64_t{sizeof(T)}, tiles::kChunkBytes);
+  plan.stages = int(std::min<int64_t>(std::max<int64_t>(chunks, 1), tiles::kMaxStages));
+  while (plan.stages > 1 && bytes() > most) --plan.stages;
+
+  Grid grid{row_tiles * groups * slices, dim3{unsigned(plan.warps) * kWarp}, bytes()};
+  if (kSliced && !op.workspace) grid.cluster = slices;
+  if (kMode == tiles::Mode::shared) {
+    grid.cluster = int(std::min<int64_t>(groups, tiles::kSharers));
+    grid.blocks = row_tiles * ceil_div(groups, grid.cluster) * grid.cluster;
+  }
+  const char* error = launch(tiles::block_sparse_tiles_kernel<T, kStrip, kRows, kMode>, grid,
+                             stream, op, plan, activation);
+  if (error || !op.workspace) return error;
+  return launch(tiles::add_slices_kernel<T>, {ceil_div(op.M * op.N, kThreads), dim3{kThreads}},
+                stream, op, activation);
+}
+
+template <typename T, int kStrip>
+const char* launch_tiles(const BlockSparseLinear& op, Activation activation, void* stream) {
+  constexpr tiles::Mode kSliced = tiles::Mode::sliced;
+  const tiles::Mode mode = mode_of(op, sizeof(T));
+  if constexpr (sizeof(T) == 2) {
+    if (mode == tiles::Mode::shared) {
+      return launch_tiles<T, kStrip, kUnslicedRows, tiles::Mode::shared>(op, activation, stream);
+    }
+    if (mode == tiles::Mode::plain) {
+      return launch_tiles<T, kStrip, kUnslicedRows, tiles::Mode::plain>(op, activation, stream);
+    }
+    if (op.M > 32) return launch_tiles<T, kStrip, 64, kSliced>(op, activation, stream);
+  }
+  if (op.M > 8) return launch_tiles<T, kStrip, 32, kSliced>(op, activation, stream);
+  return launch_tiles<T, kStrip, 8, kSliced>(op, activation, stream);
+}
+
+}  // namespace
+
+int64_t block_sparse_linear_workspace(const BlockSparseLinear& op, DType dtype) {
+  const int64_t size = dtype == DType::float32 ? 4 : 2;
+  if (compute_capability() >= 90 || !takes_tiles(op, dtype)) return 0;
+  if (mode_of(op, size) != tiles::Mode::sliced) return 0;
+  return tiles::kSlices * op.M * op.N;
 }
 
 const char* launch_block_sparse_linear(const BlockSparseLinear& op, DType dtype,
                                        Activation activation, void* stream) {
   if (op.M == 0 || op.N == 0) return nullptr;
-  const int64_t blocks = ceil_div(op.N, kWarp) * ceil_div(op.M, kRows);
   return with_dtype(dtype, [&](auto zero) {
-    return launch(block_sparse_linear_kernel<decltype(zero)>, blocks, dim3{kWarp, kRows}, 0, stream,
-                  op, activation);
+    using T = decltype(zero);
+    if (takes_tiles(op, dtype)) {
+      return op.bn % 32 == 0 ? launch_tiles<T, 32>(op, activation, stream)
+                             : launch_tiles<T, 16>(op, activation, stream);
+    }
+    const int64_t blocks = ceil_div(op.N, kWarp) * ceil_div(op.M, kRows);
+    return launch(block_sparse_linear_kernel<T>, {blocks, dim3{kWarp, kRows}}, stream, op,
+                  activation);
   });
 }
 

@@ -63,24 +63,78 @@ __device__ inline unsigned char* dynamic_shared() {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// How a kernel is launched; sizes are fixed by the caller before anything runs.
+struct Grid {
+  int64_t blocks;
+  dim3 threads;
+  int64_t shared_bytes = 0;  // dynamic
+  int cluster = 1;           // blocks a cluster (sm_90)
+  // The launch may begin before the kernel ahead of it in the stream has ended (sm_90): the kernel
+  // calls wait_for_kernel_ahead before it reads what that one wrote, or writes what it reads.
+  bool early = false;
+};
+
+__device__ inline void wait_for_kernel_ahead() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// From here on the kernel behind may begin, if it is launched `early`.
+__device__ inline void let_kernel_behind_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// The current device's compute capability, as 80 for 8.0; 0 where there is none.
+inline int compute_capability() {
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return 10 * major + minor;
+}
+
 // nullptr, or why the kernel was not launched.
 template <typename... Parameters, typename... Arguments>
-const char* launch(void (*kernel)(Parameters...), int64_t blocks, dim3 threads,
-                   int64_t shared_bytes, void* stream, const Arguments&... arguments) {
-  if (blocks > INT32_MAX) return "more than 2^31 - 1 thread blocks";
+const char* launch(void (*kernel)(Parameters...), const Grid& grid, void* stream,
+                   const Arguments&... arguments) {
+  if (grid.blocks > INT32_MAX) return "more than 2^31 - 1 thread blocks";
+  cudaError_t error = cudaSuccess;
   // What a kernel may have without asking; more, up to the device's limit, must be asked for.
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (grid.shared_bytes > 48 * 1024) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 int(grid.shared_bytes));
   }
+  if (error == cudaSuccess && grid.cluster > 8) {  // what every device with clusters can do
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return cudaGetErrorString(error);
+  }
+  cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3{unsigned(blocks)};
-  config.blockDim = threads;
-  config.dynamicSmemBytes = size_t(shared_bytes);
+  config.gridDim = dim3{unsigned(grid.blocks)};
+  config.blockDim = grid.threads;
+  config.dynamicSmemBytes = size_t(grid.shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  config.attrs = attributes;
+  if (grid.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = unsigned(grid.cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  }
+  if (grid.early) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // or torch would find it, and blame a kernel of its own
+  return cudaGetErrorString(error);
 }
 
 // run(T{}) with the C++ type of a linear op's dtype.

@@ -40,8 +40,9 @@ const char* launch_low_rank_linear(const LowRankLinear& op, DType dtype, Activat
                                    void* stream) {
   if (op.M == 0 || op.N == 0) return nullptr;
   return with_dtype(dtype, [&](auto zero) {
-    return launch(low_rank_linear_kernel<decltype(zero)>, op.M, dim3{kWarp, kWarps},
-                  op.R * int64_t{sizeof(float)}, stream, op, activation);
+    return launch(low_rank_linear_kernel<decltype(zero)>,
+                  {op.M, dim3{kWarp, kWarps}, op.R * int64_t{sizeof(float)}}, stream, op,
+                  activation);
   });
 }
 

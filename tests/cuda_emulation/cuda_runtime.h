@@ -1,316 +1,195 @@
 // CUDA kernels on the CPU, for tests only: with this folder first on the include path, g++ builds a
-// .cu file as it stands. Blocks run one after another; inside a block each CUDA thread is a fiber
-// (fast, and always in the same order, so that a missing barrier gives the same wrong result every
-// time), or with CUDA_EMULATION_THREADS a std::thread (so that ThreadSanitizer reports it).
-// Shared memory starts as 0xFF bytes, which are NaN. Not emulated: speed, partial warps and masks,
-// poison in static __shared__ arrays, streams.
+// .cu file as it stands. Clusters of blocks run one after another; inside one each CUDA thread is a
+// fiber (fast, and always in the same order, so that a missing barrier gives the same wrong result
+// every time), or with CUDA_EMULATION_THREADS a std::thread (so that ThreadSanitizer reports it).
+// Shared memory starts as 0xFF bytes, which are NaN. What a GPU refuses is refused: launches past
+// its limits, and with -fsanitize=alignment misaligned addresses. Not emulated: speed, streams.
 #pragma once
 
 #include <math.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
-#include <functional>
-#include <memory>
-#include <mutex>
-#include <stdexcept>
+#include <map>
 #include <string>
-#include <thread>
-#include <vector>
 
-#ifdef CUDA_EMULATION_THREADS
-#include <linux/futex.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#else
-#include <ucontext.h>
-#endif
+#include "alignment.h"
+#include "atomics.h"
+#include "device_functions.h"
+#include "symbols.h"
+#include "threads.h"
+#include "warp.h"
 
 #define CUDA_EMULATION 1
 #define __global__
 #define __device__
 #define __host__
-#define __shared__ static
+#define __constant__ static
+#define __shared__ static __attribute__((abi_tag("cuda_shared")))
 #define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
+#define __align__(bytes) alignas(bytes)
+#define __grid_constant__
 #define __launch_bounds__(...)
 
-struct dim3 {
-  unsigned x = 1, y = 1, z = 1;
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorLaunchFailure };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributeNonPortableClusterSizeAllowed
 };
-inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin
+};
+using cudaStream_t = void*;
 
 namespace cuda_emulation {
 
-constexpr unsigned kWarp = 32;
+// The device that is played; tests choose.
+inline int compute_capability = 90;
+inline int multiprocessors = 132;
+inline size_t most_shared = 227 * 1024;  // dynamic, of a block
 
-#ifndef CUDA_EMULATION_THREADS
+// What may be had without asking.
+constexpr size_t kPlainShared = 48 * 1024;
+constexpr unsigned kPlainCluster = 8;
 
-// What the scheduler knows of the thread that runs; `blocked` says whether it has to wait.
-struct Fiber {
-  ucontext_t context{};
-  std::vector<char> stack = std::vector<char>(1 << 16);
-  std::function<bool()> blocked;
-  bool done = false;
+struct Allowed {
+  size_t shared = kPlainShared;
+  bool wide_cluster = false;
 };
-inline ucontext_t scheduler;
-inline Fiber* running = nullptr;
+inline std::map<const void*, Allowed> allowed;  // of a kernel
 
-#endif
-
-// Who waits learns from the one who arrives last, and from nobody else: std::barrier shares state
-// between barriers and a mutex is passed from waiter to waiter, either of which hides races from
-// ThreadSanitizer.
-class Barrier {
- public:
-  explicit Barrier(int count) : count_(count), missing_(count) {}
-
-  void arrive_and_wait() {
-    const int round = round_.load(std::memory_order_relaxed);
-    if (arrive()) return;
-#ifdef CUDA_EMULATION_THREADS
-    while (round_.load(std::memory_order_acquire) == round) {
-      syscall(SYS_futex, &round_, FUTEX_WAIT_PRIVATE, round, nullptr, nullptr, 0);
-    }
-#else
-    running->blocked = [this, round] { return round == round_; };
-    swapcontext(&running->context, &scheduler);
-#endif
-  }
-
-  void leave() {
-    --count_;
-    arrive();
-  }
-
- private:
-  bool arrive() {
-    if (missing_.fetch_sub(1, std::memory_order_acq_rel) > 1) return false;
-    missing_.store(count_, std::memory_order_relaxed);
-    round_.fetch_add(1, std::memory_order_release);
-#ifdef CUDA_EMULATION_THREADS
-    syscall(SYS_futex, &round_, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
-#endif
-    return true;
-  }
-
-  std::atomic<int> count_, missing_, round_ = 0;
+// The largest launches of each kernel.
+struct Launch {
+  unsigned threads = 0;
+  size_t shared = 0;
+  unsigned cluster = 0;
 };
-
-struct Warp {
-  Barrier barrier{kWarp};
-  uint64_t slot[kWarp];
-};
-
-struct Block {
-  Block(dim3 grid, dim3 size, dim3 index, size_t shared_bytes)
-      : grid(grid),
-        size(size),
-        index(index),
-        threads(size.x * size.y * size.z),
-        shared_bytes(shared_bytes),
-        shared(new unsigned char[shared_bytes]),
-        barrier(threads) {
-    std::memset(shared.get(), 0xFF, shared_bytes);
-    for (unsigned i = 0; i < threads / kWarp; ++i) warps.push_back(std::make_unique<Warp>());
-  }
-  dim3 grid, size, index;
-  unsigned threads;
-  size_t shared_bytes;
-  std::unique_ptr<unsigned char[]> shared;  // as long as asked, for AddressSanitizer
-  Barrier barrier;
-  std::vector<std::unique_ptr<Warp>> warps;
-};
-
-struct Thread {
-  Block* block;
-  unsigned number;
-  Warp& warp() const { return *block->warps[number / kWarp]; }
-  unsigned lane() const { return number % kWarp; }
-};
-inline thread_local Thread here;
-
-// From now on this C++ thread runs the CUDA thread `number`.
-inline void become(Block& block, unsigned number) {
-  here = {&block, number};
-  gridDim = block.grid;
-  blockDim = block.size;
-  blockIdx = block.index;
-  threadIdx = {number % blockDim.x, number / blockDim.x % blockDim.y,
-               number / blockDim.x / blockDim.y};
-}
-
-inline std::mutex failure_mutex;
-inline std::string failure;  // of the launch that runs
-
-// A thread that returns no longer counts at the barriers, as on a GPU.
-inline void run_thread(const std::function<void()>& kernel) {
-  try {
-    kernel();
-  } catch (const std::exception& error) {
-    std::lock_guard lock(failure_mutex);
-    failure = error.what();
-  }
-  here.block->barrier.leave();
-  here.warp().barrier.leave();
-}
-
-#ifdef CUDA_EMULATION_THREADS
-
-inline void run_block(Block& block, const std::function<void()>& kernel) {
-  std::vector<std::thread> threads;
-  for (unsigned i = 0; i < block.threads; ++i) {
-    threads.emplace_back([&block, &kernel, i] {
-      become(block, i);
-      run_thread(kernel);
-    });
-  }
-  for (auto& thread : threads) thread.join();
-}
-
-#else
-
-inline const std::function<void()>* kernel_to_run = nullptr;
-
-inline void fiber_main() {
-  run_thread(*kernel_to_run);
-  running->done = true;
-  swapcontext(&running->context, &scheduler);
-}
-
-inline void run_block(Block& block, const std::function<void()>& kernel) {
-  static std::vector<std::unique_ptr<Fiber>> fibers;  // kept: their stacks cost more than the work
-  while (fibers.size() < block.threads) fibers.push_back(std::make_unique<Fiber>());
-  kernel_to_run = &kernel;
-  for (unsigned i = 0; i < block.threads; ++i) {
-    Fiber& fiber = *fibers[i];
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = fiber.stack.size();
-    fiber.context.uc_link = nullptr;
-    fiber.done = false;
-    fiber.blocked = nullptr;
-    makecontext(&fiber.context, fiber_main, 0);
-  }
-  unsigned done = 0;
-  while (done < block.threads) {
-    bool progress = false;
-    for (unsigned i = 0; i < block.threads; ++i) {
-      Fiber& fiber = *fibers[i];
-      if (fiber.done || (fiber.blocked && fiber.blocked())) continue;
-      fiber.blocked = nullptr;
-      progress = true;
-      running = &fiber;
-      become(block, i);
-      swapcontext(&scheduler, &fiber.context);
-      done += fiber.done;
-    }
-    if (!progress) {
-      failure = "a barrier that only some threads reach";
-      return;
-    }
-  }
-}
-
-#endif
-
-template <typename T>
-T exchange(unsigned mask, T value, unsigned source) {
-  static_assert(sizeof(T) <= sizeof(uint64_t));
-  if (mask != 0xFFFFFFFFu) throw std::runtime_error("a warp mask that is not full");
-  Warp& warp = here.warp();
-  std::memcpy(&warp.slot[here.lane()], &value, sizeof(T));
-  warp.barrier.arrive_and_wait();
-  std::memcpy(&value, &warp.slot[source], sizeof(T));
-  warp.barrier.arrive_and_wait();
-  return value;
-}
-
-inline unsigned char* dynamic_shared() { return here.block->shared.get(); }
+inline std::map<const void*, Launch> launches;
 
 }  // namespace cuda_emulation
 
-using std::max;
-using std::min;
-
-inline void __syncthreads() { cuda_emulation::here.block->barrier.arrive_and_wait(); }
-inline void __syncwarp() { cuda_emulation::here.warp().barrier.arrive_and_wait(); }
-
-template <typename T>
-T __shfl_sync(unsigned mask, T value, unsigned source) {
-  return cuda_emulation::exchange(mask, value, source % 32);
-}
-template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, unsigned lanes) {
-  return cuda_emulation::exchange(mask, value, cuda_emulation::here.lane() ^ lanes);
-}
-template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned by) {
-  const unsigned lane = cuda_emulation::here.lane();
-  return cuda_emulation::exchange(mask, value, lane + by < 32 ? lane + by : lane);
-}
-inline unsigned __ballot_sync(unsigned mask, bool vote) {
-  unsigned votes = 0;
-  for (unsigned lane = 0; lane < 32; ++lane) {
-    votes |= unsigned(cuda_emulation::exchange(mask, vote, lane)) << lane;
-  }
-  return votes;
-}
-inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
-inline bool __all_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) == ~0u; }
-
-template <typename T>
-T atomicAdd(T* where, T value) {
-  return std::atomic_ref<T>(*where).fetch_add(value);
-}
-template <typename T>
-T atomicMax(T* where, T value) {
-  std::atomic_ref<T> target(*where);
-  T old = target.load();
-  while (old < value && !target.compare_exchange_weak(old, value)) {
-  }
-  return old;
-}
-template <typename T>
-T atomicOr(T* where, T value) {
-  return std::atomic_ref<T>(*where).fetch_or(value);
-}
-
-enum cudaError_t { cudaSuccess, cudaErrorLaunchFailure };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-using cudaStream_t = void*;
-
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeClusterDimension,
+  cudaLaunchAttributeProgrammaticStreamSerialization
+};
+struct cudaLaunchAttributeValue {
+  struct {
+    unsigned x, y, z;
+  } clusterDim;
+  int programmaticStreamSerializationAllowed;
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
 };
 
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : cuda_emulation::failure.c_str();
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
   return cudaSuccess;
 }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const int capability = cuda_emulation::compute_capability;
+  switch (attribute) {
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = capability / 10;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = capability % 10;
+      break;
+    case cudaDevAttrMultiProcessorCount:
+      *value = cuda_emulation::multiprocessors;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = int(cuda_emulation::most_shared);
+  }
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
+  using namespace cuda_emulation;
+  Allowed& grant = allowed[reinterpret_cast<const void*>(kernel)];
+  if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
+    grant.wide_cluster = value != 0;
+    return cudaSuccess;
+  }
+  if (value < 0 || size_t(value) > most_shared) {
+    failure = "more shared memory asked for than there is";
+    return cudaErrorInvalidValue;
+  }
+  grant.shared = size_t(value);
+  return cudaSuccess;
+}
+
+namespace cuda_emulation {
+
+// Why a GPU would refuse the launch; empty if it would not.
+inline std::string refusal(const cudaLaunchConfig_t& config, const void* kernel, unsigned cluster) {
+  const dim3 grid = config.gridDim, size = config.blockDim;
+  const unsigned threads = size.x * size.y * size.z;
+  if (threads == 0 || threads > 1024 || size.z > 64) return "a block of no or too many threads";
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return "a grid without blocks";
+  if (grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535) return "a grid of too many blocks";
+  if (grid.x % cluster) return "a grid that is no whole number of clusters";
+  const Allowed grant = allowed[kernel];
+  if (cluster > 1 && compute_capability < 90) return "a cluster below sm_90";
+  if (cluster > (grant.wide_cluster ? 16 : kPlainCluster)) return "a cluster of too many blocks";
+  if (config.dynamicSmemBytes > std::min(grant.shared, most_shared)) {
+    return "more shared memory than was asked for";
+  }
+  return "";
+}
+
+}  // namespace cuda_emulation
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
+  static_assert((sizeof(Parameters) + ... + 0) <= 4096, "more parameters than a launch can carry");
+  using namespace cuda_emulation;
   const dim3 grid = config->gridDim, size = config->blockDim;
   const std::function<void()> call = [&] { kernel(arguments...); };
-  std::string& failure = cuda_emulation::failure;
-  failure.clear();
-  if (size.x * size.y * size.z % cuda_emulation::kWarp) failure = "a block of broken warps";
+  unsigned together = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id == cudaLaunchAttributeClusterDimension) together = attribute.val.clusterDim.x;
+  }
+  const void* address = reinterpret_cast<const void*>(kernel);
+  failure = refusal(*config, address, together);
+  if (!failure.empty()) return cudaErrorInvalidValue;
+  Launch& launch = launches[address];
+  launch.threads = std::max(launch.threads, size.x * size.y * size.z);
+  launch.shared = std::max(launch.shared, config->dynamicSmemBytes);
+  launch.cluster = std::max(launch.cluster, together);
+
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-  for (uint64_t i = 0; i < blocks && failure.empty(); ++i) {
-    const dim3 index{unsigned(i % grid.x), unsigned(i / grid.x % grid.y),
-                     unsigned(i / grid.x / grid.y)};
-    cuda_emulation::Block block(grid, size, index, config->dynamicSmemBytes);
-    cuda_emulation::run_block(block, call);
+  for (uint64_t first = 0; first < blocks && failure.empty(); first += together) {
+    Cluster cluster(int(together * size.x * size.y * size.z));
+    for (uint64_t i = first; i < first + together; ++i) {
+      const dim3 index{unsigned(i % grid.x), unsigned(i / grid.x % grid.y),
+                       unsigned(i / grid.x / grid.y)};
+      cluster.blocks.push_back(
+          std::make_unique<Block>(grid, size, index, config->dynamicSmemBytes, cluster));
+    }
+    poison_static_shared();
+    run_cluster(cluster, call);
+    // Such an array is one for all blocks that run at once.
+    if (together > 1 && !static_shared_is_poison()) fail("a static __shared__ array in a cluster");
   }
   return failure.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }

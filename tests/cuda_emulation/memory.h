@@ -1,7 +1,8 @@
 // What the memory_<op>.cpp share: each runs an op's kernels on small odd shapes, every tensor in a
-// heap block of its exact size, and every launcher called through `launched`. Built with
-// AddressSanitizer it is a bounds checker, with ThreadSanitizer a race checker; built by nvcc it
-// runs on a GPU, under compute-sanitizer (benchmarks/gpu_check.py).
+// heap block of its exact size and every launcher called through `launched`, for the checkers of
+// emulated.py: ThreadSanitizer finds races, AddressSanitizer what is out of bounds, memcheck also
+// what depends on unwritten shared memory. Built by nvcc they run on a GPU, under compute-sanitizer
+// (benchmarks/gpu_check.py).
 #pragma once
 
 #include <cmath>
@@ -37,7 +38,7 @@ inline bool ok = true;
 // Says what went wrong; an element that nobody wrote, or that came from such a one, is NaN.
 inline void report(const char* name, const char* error, const std::vector<float>& out) {
   for (const float x : out) {
-    if (x != x) error = "an element is NaN";
+    if (x != x && !error) error = "an element is NaN";
   }
   if (error) std::fprintf(stderr, "%s: %s\n", name, error);
   ok = ok && !error;

@@ -1,3 +1,6 @@
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
 #include "memory.h"
 
 namespace {
@@ -22,9 +25,53 @@ void block_sparse_linear() {
          grad_values);
 }
 
+std::vector<__nv_bfloat16> narrow(const std::vector<float>& wide) {
+  std::vector<__nv_bfloat16> out;
+  out.reserve(wide.size());  // its exact size, as all tensors here
+  for (const float x : wide) out.push_back(__float2bfloat16_rn(x));
+  return out;
+}
+
+// The kernel in tiles: `multiprocessors` says how many warps share a thread block,
+// `shared` how many chunks of x fit.
+void tiles(int64_t M, int64_t K, int64_t N, int64_t bn, int64_t bk, int capability,
+           int multiprocessors, size_t shared) {
+  cuda_emulation::compute_capability = capability;
+  cuda_emulation::multiprocessors = multiprocessors;
+  cuda_emulation::most_shared = shared;
+  const int64_t rows = (N + bn - 1) / bn, columns = (K + bk - 1) / bk;
+  std::vector<int32_t> crow{0}, col;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = row % 2; column < columns; column += 1 + row) {
+      col.push_back(int32_t(column));
+    }
+    crow.push_back(int32_t(col.size()));
+  }
+  col.shrink_to_fit();
+  crow.shrink_to_fit();
+  const auto x = narrow(random(M * K)), bias = narrow(random(N));
+  const auto values = narrow(random(int64_t(col.size()) * bn * bk));
+  auto y = narrow(std::vector<float>(M * N, NAN));
+  BlockSparseLinear op{
+      x.data(), values.data(), crow.data(), col.data(), bias.data(), y.data(), M, K, N, bn, bk};
+  const int64_t floats = block_sparse_linear_workspace(op, DType::bfloat16);
+  std::vector<float> workspace(floats, NAN);
+  if (floats) op.workspace = workspace.data();
+  const char* error =
+      launched(launch_block_sparse_linear, op, DType::bfloat16, Activation::relu, nullptr);
+  std::vector<float> wide;
+  for (const __nv_bfloat16 one : y) wide.push_back(__bfloat162float(one));
+  report("tiles", error, wide);
+}
+
 }  // namespace
 
 int main() {
   block_sparse_linear();
+  tiles(5, 136, 72, 16, 16, 90, 16, 227 * 1024);    // two warps
+  tiles(3, 1160, 40, 32, 64, 90, 132, 11 * 1024);   // 3 chunks a slice, 2 of which fit
+  tiles(3, 40, 24, 16, 16, 80, 132, 227 * 1024);    // no cluster
+  tiles(513, 200, 24, 32, 32, 80, 132, 46 * 1024);  // 4 chunks, 2 of which fit
+  tiles(513, 208, 40, 32, 32, 90, 132, 46 * 1024);  // multicast
   return ok ? 0 : 1;
 }

@@ -8,9 +8,19 @@
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <map>
+#include <mutex>
 #include <new>
 #include <type_traits>
+
+#ifndef CUDA_EMULATION
+// What the drivers ask of an emulated GPU; a real one is as it is.
+namespace cuda_emulation {
+inline int compute_capability, multiprocessors;
+inline size_t most_shared;
+}  // namespace cuda_emulation
+#endif
 
 namespace on_device {
 
@@ -20,6 +30,7 @@ struct Block {
 };
 inline Block blocks[4096];  // all that live; plain memory, since it is filled by operator new
 inline size_t block_count = 0;
+inline std::mutex lock;
 
 inline const Block* find(const void* pointer) {
   const auto* at = static_cast<const unsigned char*>(pointer);
@@ -81,12 +92,14 @@ struct Moved {
 
 inline void* allocate(size_t size) {
   void* const at = std::malloc(size ? size : 1);
+  const std::lock_guard guard(on_device::lock);
   if (!at || on_device::block_count == std::size(on_device::blocks)) std::abort();
   on_device::blocks[on_device::block_count++] = {static_cast<unsigned char*>(at), size};
   return at;
 }
 
 inline void let_go(void* at) {
+  const std::lock_guard guard(on_device::lock);
   for (size_t i = 0; at && i < on_device::block_count; ++i) {
     if (on_device::blocks[i].at != at) continue;
     on_device::blocks[i] = on_device::blocks[--on_device::block_count];
