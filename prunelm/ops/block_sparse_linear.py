@@ -47,8 +47,8 @@ def block_sparse_linear(
         weight: [N, K] blocks of x's dtype; beside float32 rows also bfloat16 or float16.
         bias: [N], x's dtype or the weight's.
         activation: None, "relu", "gelu" (exact) or "silu".
-        backend: None (chosen from device and dtypes), "cpu", "cuda", "triton" or "reference". One
-            that is named never falls back.
+        backend: None (chosen from device, dtypes and sizes), "cpu", "cuda", "triton" or
+            "reference". One that is named never falls back.
 
     Returns:
         [..., N], x's dtype; under autocast, autocast's. Its memory need not be torch's own: it can
@@ -69,7 +69,8 @@ def block_sparse_linear(
     values, device = weight.values, x.device.type
     if torch.is_autocast_enabled(device):
         x, values, bias = autocast(x, values, bias)
-    chosen = choose("block_sparse_linear", device, x, {"values": values}, backend)
+    weights = {"values": values}
+    chosen = choose("block_sparse_linear", device, x, weights, backend, weight.shape[0])
     if chosen == "reference":
         stored = BlockSparse(values, weight.crow, weight.col, weight.shape)
         return block_sparse_linear_reference(x, stored, bias, activation)
