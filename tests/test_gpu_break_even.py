@@ -75,10 +75,15 @@ def test_what_is_not_measured_is_chosen_only_with_a_margin(M: int, d: int) -> No
     [
         (1, (64, 64), BF16, "cuda"),
         (64, (128, 128), BF16, "cuda"),
-        (65, (64, 64), BF16, "triton"),
+        (513, (64, 64), BF16, "cuda"),
+        (512, (128, 128), BF16, "cuda"),
+        (513, (128, 128), BF16, "triton"),
         (4096, (32, 32), BF16, "cuda"),
         (4096, (16, 16), BF16, "cuda"),
-        (4096, (16, 4), BF16, "triton"),
+        (17, (16, 4), BF16, "triton"),
+        (16, (16, 4), BF16, "cuda"),
+        (17, (32, 48), BF16, "triton"),
+        (512, (16, 8), FLOAT, "cuda"),
         (4096, (32, 32), FLOAT, "triton"),
     ],
 )

@@ -23,7 +23,9 @@ ROW_BUCKETS = (1, 16, 64, 256, 1024)  # upper bounds of M; what is above is one 
 MANY_ROWS = 4096  # of which this is typical
 DENSITY_BUCKETS = (0.07, 0.15, 0.35, 0.7, 1.0)  # upper bounds of the share that is stored
 MARGIN = 0.85  # of dense's time, which a way that was not measured must keep
-DECODE_ROWS = 64  # up to which the CUDA kernels are made for
+DECODE_ROWS = 64  # up to which low_rank_linear of CUDA is made for
+SLICED_ROWS = 512  # up to which block_sparse_linear of CUDA cuts K into slices
+FEW_ROWS = 16  # up to which a kernel without tiles is better than Triton's launch
 
 Block = tuple[int, int]
 
@@ -241,11 +243,21 @@ def block_sparse_order(
     if cuda and triton:
         cuda_first = cuda >= triton
     else:
-        # Beyond decoding, Triton's kernels take large blocks, and all that CUDA's matrix
-        # instructions here do not: float32, and blocks that 16 does not divide.
-        matrix = dtype is not torch.float32 and bn % 16 == 0 and bk % 16 == 0
-        cuda_first = M <= DECODE_ROWS or (matrix and max(block) < 64)
+        # With many rows blocks of 128 are best in Triton's kernels, which use Hopper's own matrix
+        # instructions; smaller ones lose to what the CUDA kernel saves, reads of x.
+        if in_tiles(K, block, dtype):
+            cuda_first = M <= SLICED_ROWS or (bn <= 64 and dtype is not torch.float32)
+        else:
+            cuda_first = M <= FEW_ROWS
     return ("cuda", "triton", "reference") if cuda_first else ("triton", "cuda", "reference")
+
+
+def in_tiles(K: int, block: Block, dtype: torch.dtype) -> bool:
+    """Whether CUDA's block_sparse_linear takes it in tiles: takes_tiles there."""
+    (bn, bk), size = block, dtype.itemsize
+    step, chunk = 32 // size, 128 // size
+    divides = chunk % bk == 0 or bk % chunk == 0
+    return bn % 16 == 0 and bk % step == 0 and divides and K * size % 16 == 0
 
 
 def low_rank_order(
