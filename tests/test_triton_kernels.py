@@ -13,40 +13,13 @@ pytest.importorskip("triton")
 
 from prunelm import ops
 from prunelm.ops.beam_step import beam_step_reference
-from prunelm.ops.block_sparse_linear import block_sparse_linear_reference
 from prunelm.ops.low_rank_linear import low_rank_linear_reference
 from prunelm.sparse import BlockSparse
 from prunelm.triton_kernels.beam_step import beam_step
-from prunelm.triton_kernels.block_sparse_linear import block_sparse_linear
 from prunelm.triton_kernels.low_rank_linear import low_rank_linear
 
 # Where a mask discards it, -inf meets inf in the interpreter's numpy.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")
-
-
-@pytest.mark.parametrize(
-    "M, K, N, block, keep, activation",
-    [
-        pytest.param(1, 37, 51, (16, 4), 0.4, None, id="one-row"),
-        pytest.param(70, 33, 65, (16, 16), 0.5, "gelu", id="ragged"),
-        pytest.param(3, 13, 7, (1, 1), 0.3, "relu", id="elements"),
-        pytest.param(2, 170, 140, (140, 100), 0.6, "silu", id="blocks-beyond-a-tile"),
-        pytest.param(4, 20, 33, (7, 3), 0.0, "gelu", id="all-pruned"),
-        pytest.param(0, 8, 8, (4, 4), 0.5, None, id="no-rows"),
-    ],
-)
-def test_block_sparse_linear(
-    M: int, K: int, N: int, block: tuple[int, int], keep: float, activation: str | None
-) -> None:
-    bn, bk = block
-    mask = torch.rand(-(-N // bn), -(-K // bk)) < keep
-    weight = BlockSparse.from_dense(torch.randn(N, K), block, mask)
-    x, bias = torch.randn(M, K), torch.randn(N)
-    parts = (weight.values, weight.crow, weight.col)
-    for b in (bias, None):
-        y = block_sparse_linear(x, *parts, b, out_features=N, activation=activation)
-        expected = block_sparse_linear_reference(x, weight, b, activation)
-        torch.testing.assert_close(y, expected, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +141,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from prunelm.triton_kernels import beam_step, block_sparse_linear, low_rank_linear
+from prunelm.triton_kernels import beam_step, low_rank_linear
 
 def ptx(kernel, capability, constants, pointers, others):
     types = {**dict.fromkeys(constants, "constexpr"), **others}
@@ -189,10 +162,6 @@ def ptx(kernel, capability, constants, pointers, others):
 
 sizes = dict.fromkeys("MKNR", "i32")
 for capability in (80, 90):
-    ptx(block_sparse_linear._kernel, capability,
-        {"bn": 64, "bk": 64, "ROWS": 64, "COLS": 64, "DEPTH": 64, "HAS_BIAS": True,
-         "ACTIVATION": "gelu"},
-        {"*bf16": "p_x p_values p_bias p_y", "*i32": "p_crow p_col"}, sizes)
     ptx(low_rank_linear._kernel, capability,
         {"ROWS": 16, "COLS": 32, "DEPTH": 32, "RANK": 64, "HAS_BIAS": False, "ACTIVATION": "none"},
         {"*bf16": "p_x p_down p_up p_bias p_y"}, sizes)
@@ -217,8 +186,8 @@ def test_kernels_compile_to_tensor_core_instructions(tmp_path: Any) -> None:
     )
     assert result.returncode == 0, result.stderr[-2000:]
     kernels = result.stdout.split("KERNEL ")[1:]
-    assert len(kernels) == 6
-    wanted = [r"mma\.sync.*bf16", r"mma\.sync.*bf16", r"wgmma\.mma_async.*bf16", r"mma\.sync.*bf16"]
+    assert len(kernels) == 4
+    wanted = [r"mma\.sync.*bf16", r"mma\.sync.*bf16"]
     for kernel, instruction in zip(kernels, wanted, strict=False):
         head = kernel.split("\n", 1)[0]
         assert re.search(instruction, kernel), f"{head}: no {instruction}"

@@ -37,7 +37,8 @@ def low_rank_linear(
 
     The middle stays in cache, float32 (float64 for float64) also for 16-bit dtypes. A row's result
     depends on neither M nor the number of threads, as for `block_sparse_linear`. Gradients flow to
-    all tensors; the middle is computed again for them.
+    all tensors; the middle is computed again for them. On a GPU, sizes at which two dense products
+    are predicted to be faster get these, with a middle of x's dtype, unless a backend is named.
 
     Plain factors are rearranged at each call, which is most of the work at small M. For inference
     they may be given as blocks instead, laid out once: `BlockSparse.from_dense(down, (16, K))`.
@@ -48,8 +49,8 @@ def low_rank_linear(
         up: [N, R], down's dtype and kind. R may be 0.
         bias: [N], x's dtype or up's.
         activation: None, "relu", "gelu" (exact) or "silu".
-        backend: None (chosen from device and dtypes), "cpu", "cuda", "triton" or "reference". One
-            that is named never falls back.
+        backend: None (chosen from device, dtypes and sizes), "cpu", "cuda", "triton" or
+            "reference". One that is named never falls back.
 
     Returns:
         [..., N], x's dtype; under autocast, autocast's.
