@@ -11,6 +11,26 @@ void play(int compute_capability, int multiprocessors) {
   cuda_emulation::most_shared = (compute_capability < 90 ? 163 : 227) * 1024;
 }
 
+// A line for each kernel that was launched and each compute capability: the kernel's name, the
+// capability, the most threads, the most dynamic shared memory, the widest cluster.
+const char* launches() {
+  static std::string lines;
+  lines.clear();
+  for (const auto& [of, most] : cuda_emulation::launches) {
+    for (const auto& symbol : cuda_emulation::symbols()) {
+      if (!symbol.function || symbol.address != of.first) continue;
+      lines += symbol.name;
+      for (const size_t number :
+           {size_t(of.second), size_t(most.threads), most.shared, size_t(most.cluster)}) {
+        lines += " " + std::to_string(number);
+      }
+      lines += "\n";
+      break;
+    }
+  }
+  return lines.c_str();
+}
+
 int64_t block_sparse_linear_workspace(const BlockSparseLinear* op, int dtype) {
   return block_sparse_linear_workspace(*op, DType(dtype));
 }

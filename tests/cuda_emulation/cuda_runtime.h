@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <map>
 #include <string>
+#include <utility>
 
 #include "alignment.h"
 #include "atomics.h"
@@ -63,13 +64,13 @@ struct Allowed {
 };
 inline std::map<const void*, Allowed> allowed;  // of a kernel
 
-// The largest launches of each kernel.
+// The largest launches of each kernel, by compute capability.
 struct Launch {
   unsigned threads = 0;
   size_t shared = 0;
   unsigned cluster = 0;
 };
-inline std::map<const void*, Launch> launches;
+inline std::map<std::pair<const void*, int>, Launch> launches;
 
 }  // namespace cuda_emulation
 
@@ -172,7 +173,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const void* address = reinterpret_cast<const void*>(kernel);
   failure = refusal(*config, address, together);
   if (!failure.empty()) return cudaErrorInvalidValue;
-  Launch& launch = launches[address];
+  Launch& launch = launches[{address, compute_capability}];
   launch.threads = std::max(launch.threads, size.x * size.y * size.z);
   launch.shared = std::max(launch.shared, config->dynamicSmemBytes);
   launch.cluster = std::max(launch.cluster, together);

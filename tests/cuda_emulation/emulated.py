@@ -144,6 +144,13 @@ class Kernels:
         finally:
             self._library.play(90, 132)
 
+    def launches(self) -> list[tuple[str, int, int, int, int]]:
+        """Of each kernel and compute capability so far: mangled name, capability, and the most
+        threads of a block, bytes of dynamic shared memory, blocks of a cluster."""
+        self._library.launches.restype = ctypes.c_char_p
+        lines = [line.split() for line in self._library.launches().decode().splitlines()]
+        return [(name, *map(int, numbers)) for name, *numbers in lines]
+
     def _launch(self, name: str, op: ctypes.Structure, *codes: int) -> None:
         error = getattr(self._library, name)(ctypes.byref(op), *codes)
         if error is not None:

@@ -2,13 +2,11 @@
 // __shared__ arrays, which only a mark in their names tells from other variables, can be found.
 #pragma once
 
-#include <cxxabi.h>
 #include <dlfcn.h>
 #include <elf.h>
 
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -60,17 +58,6 @@ inline std::vector<Symbol> read_symbols() {
 inline const std::vector<Symbol>& symbols() {
   static const std::vector<Symbol> found = read_symbols();
   return found;
-}
-
-inline std::string function_name(const void* address) {
-  for (const Symbol& symbol : symbols()) {
-    if (!symbol.function || symbol.address != address) continue;
-    char* readable = abi::__cxa_demangle(symbol.name.c_str(), nullptr, nullptr, nullptr);
-    const std::string name = readable ? readable : symbol.name;
-    std::free(readable);
-    return name;
-  }
-  return "?";
 }
 
 inline const std::vector<Symbol>& static_shared() {
