@@ -1,5 +1,7 @@
 """The CUDA beam step, run on the CPU (tests/cuda_emulation), agrees with the reference."""
 
+from typing import Any
+
 import pytest
 import torch
 from cuda_emulation.emulated import Kernels
@@ -8,7 +10,7 @@ from torch import Tensor
 from prunelm.ops.beam_step import DEAD, beam_step_reference
 
 
-def beam_inputs(B: int, W: int, V: int, terms: int, dtype: torch.dtype) -> dict[str, object]:
+def beam_inputs(B: int, W: int, V: int, terms: int, dtype: torch.dtype) -> dict[str, Any]:
     score = torch.randn(B, W, dtype=dtype)
     return {
         "score": score,
@@ -45,13 +47,38 @@ def assert_same_step(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> N
     ],
 )
 def test_beam_step(
-    kernels: Kernels, prune: str, B: int, W: int, V: int, terms: int, options: dict[str, object]
+    kernels: Kernels, prune: str, B: int, W: int, V: int, terms: int, options: dict[str, Any]
 ) -> None:
     inputs = beam_inputs(B, W, V, terms, torch.float32)
     slot = torch.tensor([0, 0, 1, 2, 0, 3, 0, 1, 0])[torch.arange(B * W) % 9].view(B, W)
     for extra in ({}, {"slot": slot, "token_reward": torch.randn(B)}):
         got = kernels.beam_step(**inputs, **options, **extra, prune=prune)
         assert_same_step(got, beam_step_reference(**inputs, **options, **extra, prune=prune))
+
+
+SMALL = 5000  # bytes of shared memory: one of 5 rows of V = 600 and none of 1500 fits
+
+
+@pytest.mark.parametrize("prune", ["late", "early", "after"])
+@pytest.mark.parametrize(
+    "W, V, options",
+    [
+        pytest.param(3, 1030, {}, id="a-block-a-hypothesis"),
+        pytest.param(5, 1500, {"most_shared": SMALL, "temperature": 0.7}, id="rows-not-staged"),
+        pytest.param(2, 777, {"most_shared": SMALL, "weigh_blank": True}, id="odd-not-staged"),
+        pytest.param(33, 150, {"blank_penalty": 0.3, "silent": (149, 2)}, id="wide"),
+        pytest.param(70, 600, {}, id="wider-than-the-team"),
+        pytest.param(20, 7, {}, id="wider-than-v"),
+    ],
+)
+def test_a_launch_a_hypothesis_and_one_that_merges(
+    kernels: Kernels, prune: str, W: int, V: int, options: dict[str, Any]
+) -> None:
+    inputs = beam_inputs(2, W, V, 3, torch.float32)
+    inputs["slot"] = torch.tensor([0, 1, 2, 0, 3, 0, 0, 0, 0])[torch.arange(2 * W) % 9].view(2, W)
+    most_shared = options.pop("most_shared", 96 * 1024)
+    got = kernels.beam_step(**inputs, **options, prune=prune, most_shared=most_shared)
+    assert_same_step(got, beam_step_reference(**inputs, **options, prune=prune))
 
 
 def test_beam_step_in_float64(kernels: Kernels) -> None:
