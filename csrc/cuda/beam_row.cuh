@@ -78,7 +78,9 @@ __device__ void copy_row(Team team, unsigned char* to, const T* row, int V) {
       }
       continue;
     }
-    for (int k = 0; k < kPiece && v + k < V; ++k) {
+#pragma unroll
+    for (int k = 0; k < kPiece; ++k) {
+      if (v + k >= V) break;
       if constexpr (sizeof(T) < 4) {
         target[k] = row[v + k];
       } else {
@@ -106,6 +108,7 @@ __device__ void with_row_type(DType dtype, Run run) {
 // Which of the tokens from v0 are silent, a bit each.
 __device__ inline uint32_t silent_among(const BeamStep& op, int v0) {
   uint32_t mask = 0;
+#pragma unroll 1
   for (int i = 0; i < op.silent_count; ++i) {
     const auto k = uint32_t(int(op.silent[i]) - v0);
     if (k < kPiece) mask |= 1u << k;
@@ -116,6 +119,7 @@ __device__ inline uint32_t silent_among(const BeamStep& op, int v0) {
 // A candidate's total once its terms are known.
 template <typename S>
 __device__ S with_parts(const BeamStep& op, S total, const S* parts, S reward, int v) {
+#pragma unroll 1
   for (int i = 0; i < op.term_count; ++i) total += parts[1 + i];
   return silent_among(op, v) & 1 ? total : total + reward;
 }
@@ -171,8 +175,9 @@ struct Row {
   __device__ S weighed(S weight, S value) const {
     return fma(weight, value, op.weigh_blank ? weight * S(log_not_blank) : S(0));
   }
-  __device__ S blank_part(S weight, T lp) const {
-    return op.weigh_blank ? fma(weight, S(lp), S(0)) : S(0);
+  __device__ S blank_part(int i, T lp) const {
+    const S weight = terms[i].weight;
+    return op.weigh_blank && weight != 0 ? fma(weight, S(lp), S(0)) : S(0);
   }
 
   __device__ void add_term(int i, int v0, S (&total)[kPiece]) const {
@@ -202,11 +207,19 @@ struct Row {
       total[k] = base + S(lp[k]);
     }
     if (with_terms) {
+#pragma unroll 1
       for (int i = 0; i < op.term_count; ++i) add_term(i, v0, total);
-      for (int k = 0; k < kPiece; ++k) total[k] += reward;
       const uint32_t silent = silent_among(op, v0);
-      for (int k = 0; silent && k < kPiece; ++k) {
-        if (silent >> k & 1) total[k] = silent_total(v0 + k, lp[k]);
+      for (int k = 0; k < kPiece; ++k) {
+        total[k] = silent >> k & 1 ? base + S(lp[k]) : total[k] + reward;
+      }
+      if (op.weigh_blank && uint32_t(blank - v0) < kPiece) {
+#pragma unroll 1
+        for (int i = 0; i < op.term_count; ++i) {
+          for (int k = 0; k < kPiece; ++k) {
+            if (v0 + k == blank) total[k] += blank_part(i, lp[k]);
+          }
+        }
       }
     }
     for (int k = 0; k < kPiece; ++k) {
@@ -219,19 +232,11 @@ struct Row {
     }
   }
 
-  __device__ S silent_total(int v, T lp) const {
-    S total = base + S(lp);
-    for (int i = 0; i < op.term_count; ++i) {
-      if (v == blank && terms[i].weight != 0) total += blank_part(terms[i].weight, lp);
-    }
-    return total;
-  }
-
   // What term i adds to token v; NaN where its row is out of range.
   __device__ S part(int i, int v, T lp) const {
     const RowTerm<S> term = terms[i];
     if (term.weight == 0) return 0;
-    if (v == blank) return blank_part(term.weight, lp);
+    if (v == blank) return blank_part(i, lp);
     if (silent_among(op, v) & 1) return 0;
     if (!term.values) return NAN;
     S value = 0;

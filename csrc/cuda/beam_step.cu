@@ -44,7 +44,9 @@ __device__ bool sum_up(Team team, Row<T, S, kStaged>& row, const RowMemory<T, S>
   const BeamStep& op = row.op;
   const int thread = team.thread(), threads = team.size();
   if (kStaged && (op.temperature != 1 || op.blank_penalty != 0)) {
+#pragma unroll 1
     for (int v = thread * kPiece; v < row.V; v += threads * kPiece) {
+#pragma unroll 1
       for (int k = 0; k < kPiece; ++k) row.staged()[v + k] = row.scaled(row.x(v + k), v + k);
     }
   }
@@ -109,6 +111,7 @@ __device__ State prepare(Team team, Row<T, S, kStaged>& row, const RowMemory<T, 
   if (thread == 0) *bad = amiss;
   team.sync();
   if constexpr (kStaged) {
+#pragma unroll 1
     for (int i = 0; i < op.term_count && op.prune == Prune::late; ++i) {
       const RowTerm<S> term = memory.terms[i];
       if (term.weight == 0 || !term.values) continue;
@@ -137,7 +140,10 @@ __device__ Candidate<S> blank_of(Row<T, S, kStaged>& row, State state) {
   S total = row.base;
   if (state == State::blank_only) {
     const T lp = row.log_prob(row.blank);
-    total = row.op.prune == Prune::after ? row.base + S(lp) : row.silent_total(row.blank, lp);
+    total += S(lp);
+    for (int i = 0; i < row.op.term_count && row.op.prune != Prune::after; ++i) {
+      total += row.blank_part(i, lp);
+    }
     if (lp == -T(INFINITY)) total = -S(INFINITY);
   }
   if (total == -S(INFINITY)) return nobody<S>();
@@ -179,6 +185,7 @@ __device__ void examine(Team team, const BeamStep& op, const Stage& layout,
     } else if (mine.live()) {
       const T lp = row.log_prob(mine.at);
       parts[0] = S(lp);
+#pragma unroll 1
       for (int i = 0; i < op.term_count; ++i) parts[1 + i] = row.part(i, mine.at, lp);
       if (early) {
         mine.total = with_parts(op, old + S(lp), parts, reward, mine.at);
