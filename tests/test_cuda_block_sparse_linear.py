@@ -1,8 +1,11 @@
 """The CUDA block-sparse linear, run on the CPU (tests/cuda_emulation), agrees with float64."""
 
+import math
+
 import pytest
 import torch
 from cuda_emulation.emulated import Kernels, assert_accurate
+from torch import Tensor
 
 from prunelm.ops.activation import activate
 from prunelm.sparse import BlockSparse
@@ -47,6 +50,109 @@ def test_block_sparse_linear(
     dense = BlockSparse(values, weight.crow, weight.col, (N, K)).to_dense().double()
     truth = activate(x.double() @ dense.T + bias, activation)
     assert_accurate(y, truth, x.double().abs() @ dense.abs().T + bias.abs())
+
+
+def spoil_past_edges(weight: BlockSparse, values: Tensor) -> Tensor:
+    """NaN in what the last blocks hold past N and K: nobody may read it."""
+    (N, K), (bn, bk) = weight.shape, weight.block
+    for row in range(len(weight.crow) - 1):
+        for i in range(int(weight.crow[row]), int(weight.crow[row + 1])):
+            values[i, max(N - row * bn, 0) :] = torch.nan
+            values[i, :, max(K - int(weight.col[i]) * bk, 0) :] = torch.nan
+    return values
+
+
+def cut_of(weight: BlockSparse) -> Tensor:
+    """Where each block row's eighths of columns begin, counted one by one."""
+    columns = math.ceil(weight.shape[1] / weight.block[1])
+    width = math.ceil(columns / 8)
+    cut = torch.zeros(len(weight.crow) - 1, 9, dtype=torch.int32)
+    for row in range(len(cut)):
+        first, last = int(weight.crow[row]), int(weight.crow[row + 1])
+        for i in range(9):
+            cut[row, i] = first + int((weight.col[first:last] < i * width).sum())
+    return cut
+
+
+MATRIX_CASES = [
+    pytest.param(1, 72, 80, (16, 16), 0.5, None, id="one-row"),
+    pytest.param(9, 88, 51, (16, 32), 0.4, "gelu", id="ragged"),
+    pytest.param(33, 200, 100, (32, 16), 0.6, "silu", id="64-rows"),
+    pytest.param(65, 136, 70, (64, 64), 0.7, "relu", id="two-tiles-of-rows"),
+    pytest.param(3, 296, 200, (48, 128), 0.8, None, id="uneven-blocks"),
+    pytest.param(2, 9000, 16, (16, 64), 0.1, None, id="more-chunks-than-fit"),
+    pytest.param(5, 160, 600, (32, 32), 0.3, None, id="several-warps"),
+    pytest.param(4, 64, 33, (16, 16), 0.0, "gelu", id="all-pruned"),
+    pytest.param(515, 136, 300, (16, 16), 0.5, "gelu", id="unsliced"),
+    pytest.param(513, 1096, 36, (32, 128), 0.6, None, id="unsliced-more-chunks-than-fit"),
+    pytest.param(520, 72, 48, (16, 16), 0.0, "silu", id="unsliced-all-pruned"),
+    pytest.param(515, 144, 300, (16, 16), 0.5, "gelu", id="multicast"),
+    pytest.param(513, 1104, 258, (32, 64), 0.2, None, id="multicast-more-chunks-than-fit"),
+    pytest.param(520, 80, 290, (16, 16), 0.0, "silu", id="multicast-all-pruned"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("M, K, N, block, keep, activation", MATRIX_CASES)
+def test_matrix_instructions(
+    kernels: Kernels,
+    dtype: torch.dtype,
+    M: int,
+    K: int,
+    N: int,
+    block: tuple[int, int],
+    keep: float,
+    activation: str | None,
+) -> None:
+    weight = random_blocks(N, K, block, keep)
+    x, bias = torch.randn(M, K).to(dtype), torch.randn(N).to(dtype)
+    dense = weight.to_dense().to(dtype).double()
+    transposed = weight.values.transpose(1, 2).to(dtype).contiguous()
+    values = spoil_past_edges(weight, transposed.transpose(1, 2))
+    parts = (x, values, weight.crow, weight.col, bias)
+    y = kernels.block_sparse_linear(*parts, out_features=N, activation=activation)
+    truth = activate(x.double() @ dense.T + bias, activation)
+    assert_accurate(y, truth, x.double().abs() @ dense.abs().T + bias.abs())
+    cut = cut_of(weight)
+    again = kernels.block_sparse_linear(*parts, out_features=N, activation=activation, cut=cut)
+    assert torch.equal(again, y)
+
+
+def test_without_clusters_slices_are_added_by_a_second_kernel(kernels: Kernels) -> None:
+    weight = random_blocks(50, 200, (16, 16), 0.5)
+    values = weight.values.transpose(1, 2).half().contiguous().transpose(1, 2)
+    parts = (torch.randn(9, 200).half(), values, weight.crow, weight.col, torch.randn(50).half())
+    y = kernels.block_sparse_linear(*parts, out_features=50, activation="gelu")
+    with kernels.device(80, 108):
+        assert torch.equal(
+            kernels.block_sparse_linear(*parts, out_features=50, activation="gelu"), y
+        )
+
+
+def test_few_multiprocessors_get_larger_tiles(kernels: Kernels) -> None:
+    weight = random_blocks(300, 208, (16, 16), 0.3)
+    values = weight.values.transpose(1, 2).half().contiguous().transpose(1, 2)
+    for M in (9, 514):
+        parts = (torch.randn(M, 208).half(), values, weight.crow, weight.col, None)
+        y = kernels.block_sparse_linear(*parts, out_features=300)
+        with kernels.device(90, 2):
+            assert torch.equal(kernels.block_sparse_linear(*parts, out_features=300), y)
+
+
+def test_a_row_does_not_depend_on_how_many_there_are(kernels: Kernels) -> None:
+    weight = random_blocks(70, 272, (16, 16), 0.5)
+    values = weight.values.transpose(1, 2).bfloat16().contiguous().transpose(1, 2)
+    x = torch.randn(70, 272).bfloat16()
+
+    def run(rows: Tensor) -> Tensor:
+        return kernels.block_sparse_linear(
+            rows, values, weight.crow, weight.col, None, out_features=70
+        )
+
+    y = run(x)
+    for M in (1, 8, 9, 33, 64):
+        assert torch.equal(run(x[:M]), y[:M])
+    assert torch.equal(run(x[69:]), y[69:])
 
 
 @pytest.mark.parametrize(

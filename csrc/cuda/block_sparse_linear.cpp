@@ -28,20 +28,26 @@ Tensor block_sparse_linear_cuda(const Tensor& x_given, const Tensor& values, con
   const OnDeviceOf device(x_given);
   const Tensor x = packed(x_given), blocks = bn_fastest(values);
   Tensor y = empty_result(x, s.N);
-  const BlockSparseLinear op{x.data_ptr(),
-                             blocks.data_ptr(),
-                             static_cast<const int32_t*>(crow.data_ptr()),
-                             static_cast<const int32_t*>(col.data_ptr()),
-                             bias ? bias->data_ptr() : nullptr,
-                             y.data_ptr(),
-                             rows_of(x),
-                             s.K,
-                             s.N,
-                             s.bn,
-                             s.bk};
-  check_launched(
-      "block_sparse_linear",
-      launch_block_sparse_linear(op, dtype_of("x", x), Activation(int(activation)), device.stream));
+  BlockSparseLinear op{};
+  op.x = x.data_ptr();
+  op.values = blocks.data_ptr();
+  op.crow = static_cast<const int32_t*>(crow.data_ptr());
+  op.col = static_cast<const int32_t*>(col.data_ptr());
+  op.bias = bias ? bias->data_ptr() : nullptr;
+  op.y = y.data_ptr();
+  op.M = rows_of(x);
+  op.K = s.K;
+  op.N = s.N;
+  op.bn = s.bn;
+  op.bk = s.bk;
+  const DType dtype = dtype_of("x", x);
+  std::optional<Tensor> workspace;
+  if (const int64_t floats = block_sparse_linear_workspace(op, dtype); floats > 0) {
+    workspace = torch::stable::new_empty(x, {floats}, ScalarType::Float);
+    op.workspace = static_cast<float*>(workspace->data_ptr());
+  }
+  check_launched("block_sparse_linear",
+                 launch_block_sparse_linear(op, dtype, Activation(int(activation)), device.stream));
   return y;
 }
 

@@ -1,4 +1,8 @@
 // Block-sparse linear on CUDA; contract in prunelm/ops/block_sparse_linear.py.
+#include <algorithm>
+#include <type_traits>
+
+#include "cuda/block_sparse_mma.cuh"
 #include "cuda/device.cuh"
 
 namespace prunelm::cuda {
@@ -94,13 +98,105 @@ const char* launch_block_sparse_linear_grad_values(const BlockSparseGradient& op
   return launch(grad_values_kernel, {ceil_div(count, kThreads), dim3{kThreads}}, stream, op);
 }
 
+namespace {
+
+// More rows than this are not sliced: there is work enough for all multiprocessors without.
+constexpr int64_t kMostSlicedRows = 512;
+constexpr int kUnslicedRows = 128;  // of a thread block
+
+bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// Whether the kernel with matrix instructions takes it.
+bool takes_matrices(const BlockSparseLinear& op, DType dtype) {
+  return dtype != DType::float32 && op.bn % 16 == 0 && op.bk % mma::kStep == 0 &&
+         (mma::kChunk % op.bk == 0 || op.bk % mma::kChunk == 0) && op.K % 8 == 0 &&
+         op.K < INT32_MAX - 2 * op.bk && aligned(op.x) && aligned(op.y) && aligned(op.values) &&
+         compute_capability() >= 80;
+}
+
+int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+
+mma::Mode mode_of(const BlockSparseLinear& op) {
+  if (op.M <= kMostSlicedRows) return mma::Mode::sliced;
+  const bool several = op.N > mma::kMaxWarps * mma::kOutputs;
+  return several && op.K % mma::kStep == 0 && compute_capability() >= 90 ? mma::Mode::shared
+                                                                         : mma::Mode::plain;
+}
+
+template <typename T, int kStrip, int kRows, mma::Mode kMode>
+const char* launch_mma(const BlockSparseLinear& op, Activation activation, void* stream) {
+  constexpr bool kSliced = kMode == mma::Mode::sliced;
+  const int slots = mma::Ring<kStrip>::kSlots, slices = kSliced ? mma::kSlices : 1;
+  mma::Tiles tiles{mma::kMaxWarps, 0, op.K};
+  if (kSliced) tiles.slice = ceil_div(ceil_div(op.K, op.bk), slices) * op.bk;
+  const int64_t row_tiles = ceil_div(op.M, kRows);
+  const auto groups = [&] { return ceil_div(op.N, tiles.warps * mma::kOutputs); };
+  // Little work: less for each thread block, until most multiprocessors have one. How many rows
+  // there are must not count where it would change a result, and it does not.
+  const int64_t enough = device_attribute(cudaDevAttrMultiProcessorCount) * 3 / 4;
+  while (tiles.warps > 1 && row_tiles * groups() * slices < enough) tiles.warps /= 2;
+
+  const int64_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const auto bytes = [&] { return mma::Layout(tiles, kRows, slots, kSliced).bytes; };
+  const int64_t chunks = ceil_div(tiles.slice, mma::kChunk);
+  tiles.stages = int(std::min<int64_t>(std::max<int64_t>(chunks, 1), mma::kMaxStages));
+  while (tiles.stages > 1 && bytes() > most) --tiles.stages;
+
+  Grid grid{row_tiles * groups() * slices, dim3{unsigned(tiles.warps) * kWarp}, bytes()};
+  if (kSliced && !op.workspace) grid.cluster = slices;
+  if (kMode == mma::Mode::shared) {
+    grid.cluster = int(std::min<int64_t>(groups(), mma::kSharers));
+    grid.blocks = row_tiles * ceil_div(groups(), grid.cluster) * grid.cluster;
+  }
+  const char* error = launch(mma::block_sparse_mma_kernel<T, kStrip, kRows, kMode>, grid, stream,
+                             op, tiles, activation);
+  if (error || !op.workspace) return error;
+  return launch(mma::add_slices_kernel<T>, {ceil_div(op.M * op.N, kThreads), dim3{kThreads}},
+                stream, op, activation);
+}
+
+template <typename T, int kStrip>
+const char* launch_mma(const BlockSparseLinear& op, Activation activation, void* stream) {
+  switch (mode_of(op)) {
+    case mma::Mode::plain:
+      return launch_mma<T, kStrip, kUnslicedRows, mma::Mode::plain>(op, activation, stream);
+    case mma::Mode::shared:
+      return launch_mma<T, kStrip, kUnslicedRows, mma::Mode::shared>(op, activation, stream);
+    default:
+      break;
+  }
+  constexpr mma::Mode kSliced = mma::Mode::sliced;
+  if (op.M <= 8) return launch_mma<T, kStrip, 8, kSliced>(op, activation, stream);
+  if (op.M <= 32) return launch_mma<T, kStrip, 32, kSliced>(op, activation, stream);
+  return launch_mma<T, kStrip, 64, kSliced>(op, activation, stream);
+}
+
+}  // namespace
+
+int64_t block_sparse_linear_workspace(const BlockSparseLinear& op, DType dtype) {
+  if (!takes_matrices(op, dtype) || op.M > kMostSlicedRows || compute_capability() >= 90) return 0;
+  return mma::kSlices * op.M * op.N;
+}
+
 const char* launch_block_sparse_linear(const BlockSparseLinear& op, DType dtype,
                                        Activation activation, void* stream) {
   if (op.M == 0 || op.N == 0) return nullptr;
-  const int64_t blocks = ceil_div(op.N, kWarp) * ceil_div(op.M, kRows);
   return with_dtype(dtype, [&](auto zero) {
-    return launch(block_sparse_linear_kernel<decltype(zero)>, {blocks, dim3{kWarp, kRows}}, stream,
-                  op, activation);
+    using T = decltype(zero);
+    if constexpr (!std::is_same_v<T, float>) {
+      if (takes_matrices(op, dtype)) {
+        return op.bn % 32 == 0 ? launch_mma<T, 32>(op, activation, stream)
+                               : launch_mma<T, 16>(op, activation, stream);
+      }
+    }
+    const int64_t blocks = ceil_div(op.N, kWarp) * ceil_div(op.M, kRows);
+    return launch(block_sparse_linear_kernel<T>, {blocks, dim3{kWarp, kRows}}, stream, op,
+                  activation);
   });
 }
 

@@ -64,6 +64,79 @@ __device__ T* map_shared(T* own, uint32_t rank) {
 #endif
 }
 
+// Makes mbarriers that this thread has set up known to the cluster; a cluster_sync follows.
+__device__ inline void mbarrier_publish() {
+#if PRUNELM_CLUSTERS
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+// Arrives, and lets the phase wait for so many bytes of bulk copies beside.
+__device__ inline void mbarrier_arrive_expecting(uint64_t* barrier, uint32_t bytes) {
+#if PRUNELM_CLUSTERS
+  const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes)
+               : "memory");
+#endif
+}
+
+// Arrives at the same barrier of block `rank`.
+__device__ inline void mbarrier_arrive_at(uint64_t* barrier, uint32_t rank) {
+#if PRUNELM_CLUSTERS
+  const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  asm volatile(
+      "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; "
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(at),
+      "r"(rank)
+      : "memory");
+#endif
+}
+
+// mbarrier_wait for arrivals from the whole cluster.
+__device__ inline void mbarrier_wait_cluster(uint64_t* barrier, uint32_t phase) {
+#if PRUNELM_CLUSTERS
+  const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  uint32_t done = 0;
+  while (!done) {
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; "
+        "selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(at), "r"(phase & 1)
+        : "memory");
+  }
+#endif
+}
+
+// Copies `bytes` (a multiple of 16, as both addresses) to the same place in each block of `blocks`,
+// a bit a rank, and tells the same barrier of each. One thread asks; where the architecture can
+// multicast, memory is read once.
+__device__ inline void copy_to_cluster(void* shared, const void* global, uint32_t bytes,
+                                       uint64_t* barrier, uint16_t blocks) {
+#if PRUNELM_CLUSTERS
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const auto told = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(to),
+      "l"(global), "r"(bytes), "r"(told), "h"(blocks)
+      : "memory");
+#else
+  for (uint32_t rank = 0; blocks >> rank; ++rank) {
+    if (!(blocks >> rank & 1)) continue;
+    asm volatile(
+        "{ .reg .b32 to, told; mapa.shared::cluster.u32 to, %0, %4; "
+        "mapa.shared::cluster.u32 told, %3, %4; "
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[to], [%1], %2, [told]; }" ::"r"(to),
+        "l"(global), "r"(bytes), "r"(told), "r"(rank)
+        : "memory");
+  }
+#endif
+#endif
+}
+
 }  // namespace prunelm::cuda
 
 #endif

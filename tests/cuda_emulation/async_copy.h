@@ -31,7 +31,7 @@ inline std::atomic_ref<uint64_t> word_of(uint64_t* barrier) {
 }
 
 inline void mbarrier_init(uint64_t* barrier, uint32_t count) {
-  word_of(barrier).store(count | uint64_t{count} << emulation::kNeeded);
+  word_of(barrier).store(emulation::mbarrier_word(count));
 }
 
 inline void mbarrier_arrive(uint64_t* barrier) { emulation::arrive(barrier); }

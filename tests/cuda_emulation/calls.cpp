@@ -1,9 +1,19 @@
 // The launchers under C names, for ctypes; built with the emulation.
 #include "cuda/launch.h"
+#include "cuda_runtime.h"
 
 using namespace prunelm::cuda;
 
 extern "C" {
+void play(int compute_capability, int multiprocessors) {
+  cuda_emulation::compute_capability = compute_capability;
+  cuda_emulation::multiprocessors = multiprocessors;
+}
+
+int64_t block_sparse_linear_workspace(const BlockSparseLinear* op, int dtype) {
+  return block_sparse_linear_workspace(*op, DType(dtype));
+}
+
 int64_t size_of_block_sparse_linear() { return sizeof(BlockSparseLinear); }
 int64_t size_of_block_sparse_linear_grad_x() { return sizeof(BlockSparseGradient); }
 int64_t size_of_block_sparse_linear_grad_values() { return sizeof(BlockSparseGradient); }

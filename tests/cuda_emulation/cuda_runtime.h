@@ -41,6 +41,12 @@
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace cuda_emulation {
@@ -133,20 +139,26 @@ struct Cluster {
 };
 
 // An mbarrier's word: the arrivals that its phase still misses, those that a phase needs, the
-// parity.
-constexpr int kNeeded = 20, kParity = 40;
-constexpr uint64_t kMissing = (uint64_t{1} << kNeeded) - 1;
+// parity and, offset so that it may be below zero for a while, the bytes that are expected.
+constexpr int kNeeded = 12, kParity = 24, kExpected = 25;
+constexpr uint64_t kMissing = (uint64_t{1} << kNeeded) - 1, kNoBytes = uint64_t{1} << 30;
 
-inline void arrive(uint64_t* barrier) {
+inline uint64_t mbarrier_word(uint64_t count) {
+  return count | count << kNeeded | kNoBytes << kExpected;
+}
+
+// `arrivals` come, and `bytes` more are expected.
+inline void change(uint64_t* barrier, int arrivals, int64_t bytes) {
   std::atomic_ref<uint64_t> word(*barrier);
   uint64_t old = word.load(), next;
   do {
-    next = old - 1;
-    if ((next & kMissing) == 0) {
+    next = old - arrivals + (uint64_t(bytes) << kExpected);
+    if ((next & kMissing) == 0 && next >> kExpected == kNoBytes) {
       next = (next ^ uint64_t{1} << kParity) | (next >> kNeeded & kMissing);
     }
   } while (!word.compare_exchange_weak(old, next));
 }
+inline void arrive(uint64_t* barrier, int64_t bytes = 0) { change(barrier, 1, bytes); }
 
 // A thread's asynchronous copies. Each lands as late as a GPU may let it: when its thread waits for
 // its group, or, where an mbarrier was told of it, before its thread waits for anything.
@@ -157,6 +169,9 @@ class Copies {
   }
   void close_group() { ++group_; }
   void arrive_after(uint64_t* barrier) { barriers_.push_back(barrier); }
+  void tell(void* to, const void* from, size_t bytes, uint64_t* barrier) {
+    bulk_.push_back({to, from, bytes, barrier});
+  }
 
   void land(uint64_t pending_groups) {
     std::vector<Copy> pending;
@@ -173,6 +188,11 @@ class Copies {
   }
 
   void land_deferred() {
+    for (const Bulk& copy : bulk_) {
+      std::memcpy(copy.to, copy.from, copy.bytes);
+      change(copy.barrier, 0, -int64_t(copy.bytes));
+    }
+    bulk_.clear();
     if (barriers_.empty()) return;
     close_group();
     land(0);
@@ -189,7 +209,14 @@ class Copies {
     size_t bytes;
     uint64_t group;
   };
+  struct Bulk {
+    void* to;
+    const void* from;
+    size_t bytes;
+    uint64_t* barrier;
+  };
   std::vector<Copy> asked_;
+  std::vector<Bulk> bulk_;
   std::vector<uint64_t*> barriers_;
   uint64_t group_ = 0;  // the open one
 };
@@ -371,6 +398,7 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
   }
   return votes;
 }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
 inline bool __all_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) == ~0u; }
 
@@ -399,7 +427,8 @@ enum cudaFuncAttribute {
 enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor,
-  cudaDevAttrMultiProcessorCount
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin
 };
 using cudaStream_t = void*;
 
@@ -408,7 +437,7 @@ namespace cuda_emulation {
 // The device that is played; tests choose.
 inline int compute_capability = 90;
 inline int multiprocessors = 132;
-constexpr size_t kMostShared = 227 * 1024;
+inline size_t most_shared = 227 * 1024;
 
 }  // namespace cuda_emulation
 
@@ -444,9 +473,19 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const int capability = cuda_emulation::compute_capability;
-  *value = attribute == cudaDevAttrComputeCapabilityMajor   ? capability / 10
-           : attribute == cudaDevAttrComputeCapabilityMinor ? capability % 10
-                                                            : cuda_emulation::multiprocessors;
+  switch (attribute) {
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = capability / 10;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = capability % 10;
+      break;
+    case cudaDevAttrMultiProcessorCount:
+      *value = cuda_emulation::multiprocessors;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = int(cuda_emulation::most_shared);
+  }
   return cudaSuccess;
 }
 struct cudaFuncAttributes {
@@ -480,7 +519,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (threads % cuda_emulation::kWarp) failure = "a block of broken warps";
   if (threads == 0 || threads > 1024) failure = "a block of no or more than 1024 threads";
   if (grid.x == 0 || grid.x % together) failure = "a grid that is no whole number of clusters";
-  if (config->dynamicSmemBytes > cuda_emulation::kMostShared) failure = "too much shared memory";
+  if (config->dynamicSmemBytes > cuda_emulation::most_shared) failure = "too much shared memory";
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   for (uint64_t first = 0; first < blocks && failure.empty(); first += together) {
     cuda_emulation::Cluster cluster(int(together * threads));

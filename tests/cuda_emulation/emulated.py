@@ -2,7 +2,8 @@
 
 import ctypes
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,14 +29,17 @@ def compile_kernels(
     )
 
 
-def _structure(name: str, pointers: str, numbers: str) -> type[ctypes.Structure]:
+def _structure(name: str, pointers: str, numbers: str, more: str = "") -> type[ctypes.Structure]:
     fields = [(field, ctypes.c_void_p) for field in pointers.split()]
     fields += [(field, ctypes.c_int64) for field in numbers.split()]
+    fields += [(field, ctypes.c_void_p) for field in more.split()]
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
 # The structs of csrc/cuda/launch.h, field by field.
-BlockSparseLinear = _structure("BlockSparseLinear", "x values crow col bias y", "M K N bn bk")
+BlockSparseLinear = _structure(
+    "BlockSparseLinear", "x values crow col bias y", "M K N bn bk", "cut workspace"
+)
 BlockSparseGradient = _structure(
     "BlockSparseGradient", "grad x values crow col out", "M K N bn bk nnz"
 )
@@ -89,6 +93,16 @@ class Kernels:
             getattr(self._library, name).restype = ctypes.c_char_p
             size = getattr(self._library, f"size_of_{name}")()
             assert size == ctypes.sizeof(structure), f"{name}: launch.h differs from this file"
+        self._library.block_sparse_linear_workspace.restype = ctypes.c_int64
+
+    @contextmanager
+    def device(self, capability: int, multiprocessors: int) -> Iterator[None]:
+        """Plays another device; by default it is 9.0 with 132 multiprocessors."""
+        self._library.play(capability, multiprocessors)
+        try:
+            yield
+        finally:
+            self._library.play(90, 132)
 
     def _launch(self, name: str, op: ctypes.Structure, *codes: int) -> None:
         error = getattr(self._library, name)(ctypes.byref(op), *codes)
@@ -105,13 +119,18 @@ class Kernels:
         *,
         out_features: int,
         activation: str | None = None,
+        cut: Tensor | None = None,
     ) -> Tensor:
         y = torch.empty(len(x), out_features, dtype=x.dtype)
         tensors = (x, values, crow, col, bias, y)
         sizes = (len(x), x.shape[1], out_features, values.shape[1], values.shape[2])
-        op = BlockSparseLinear(*map(_pointer, tensors), *sizes)
-        codes = DTYPES.index(x.dtype), ACTIVATIONS.index(activation)
-        self._launch("block_sparse_linear", op, *codes)
+        op = BlockSparseLinear(*map(_pointer, tensors), *sizes, _pointer(cut), None)
+        dtype = DTYPES.index(x.dtype)
+        needed = self._library.block_sparse_linear_workspace(ctypes.byref(op), dtype)
+        workspace = torch.empty(needed)
+        if needed:
+            op.workspace = workspace.data_ptr()
+        self._launch("block_sparse_linear", op, dtype, ACTIVATIONS.index(activation))
         return y
 
     def block_sparse_linear_gradients(

@@ -27,7 +27,7 @@ inline bool ok = true;
 // Says what went wrong; an element that nobody wrote, or that came from such a one, is NaN.
 inline void report(const char* name, const char* error, const std::vector<float>& out) {
   for (const float x : out) {
-    if (x != x) error = "an element is NaN";
+    if (x != x && !error) error = "an element is NaN";
   }
   if (error) std::fprintf(stderr, "%s: %s\n", name, error);
   ok = ok && !error;

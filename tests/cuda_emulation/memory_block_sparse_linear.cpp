@@ -1,3 +1,6 @@
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
 #include "memory.h"
 
 namespace {
@@ -21,9 +24,49 @@ void block_sparse_linear() {
   report("grad_values", launch_block_sparse_linear_grad_values(gradient, nullptr), grad_values);
 }
 
+std::vector<__nv_bfloat16> narrow(const std::vector<float>& wide) {
+  std::vector<__nv_bfloat16> out;
+  for (const float x : wide) out.push_back(__float2bfloat16_rn(x));
+  return out;
+}
+
+// The kernel with matrix instructions: `multiprocessors` says how many warps share a thread block,
+// `shared` how many chunks of x fit.
+void matrices(int64_t M, int64_t K, int64_t N, int64_t bn, int64_t bk, int capability,
+              int multiprocessors, size_t shared) {
+  cuda_emulation::compute_capability = capability;
+  cuda_emulation::multiprocessors = multiprocessors;
+  cuda_emulation::most_shared = shared;
+  const int64_t rows = (N + bn - 1) / bn, columns = (K + bk - 1) / bk;
+  std::vector<int32_t> crow{0}, col;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = row % 2; column < columns; column += 1 + row) {
+      col.push_back(int32_t(column));
+    }
+    crow.push_back(int32_t(col.size()));
+  }
+  const auto x = narrow(random(M * K)), bias = narrow(random(N));
+  const auto values = narrow(random(int64_t(col.size()) * bn * bk));
+  auto y = narrow(std::vector<float>(M * N, NAN));
+  BlockSparseLinear op{
+      x.data(), values.data(), crow.data(), col.data(), bias.data(), y.data(), M, K, N, bn, bk};
+  const int64_t floats = block_sparse_linear_workspace(op, DType::bfloat16);
+  std::vector<float> workspace(floats, NAN);
+  if (floats) op.workspace = workspace.data();
+  const char* error = launch_block_sparse_linear(op, DType::bfloat16, Activation::relu, nullptr);
+  std::vector<float> wide;
+  for (const __nv_bfloat16 one : y) wide.push_back(__bfloat162float(one));
+  report("matrices", error, wide);
+}
+
 }  // namespace
 
 int main() {
   block_sparse_linear();
+  matrices(5, 200, 40, 16, 16, 90, 8, 227 * 1024);
+  matrices(3, 1160, 40, 32, 64, 90, 132, 11 * 1024);  // 3 chunks a slice, 2 of which fit
+  matrices(3, 40, 24, 16, 16, 80, 8, 227 * 1024);
+  matrices(513, 200, 40, 32, 32, 90, 132, 46 * 1024);   // 4 chunks, 2 of which fit
+  matrices(513, 208, 260, 32, 32, 90, 132, 46 * 1024);  // multicast
   return ok ? 0 : 1;
 }
