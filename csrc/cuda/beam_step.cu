@@ -2,6 +2,7 @@
 // the best candidates of one hypothesis, then a thread block those of its utterance. Where rows are
 // short a team is a warp and one launch does both; else it is a block, and a second launch merges.
 #include "cuda/beam_row.cuh"
+#include "cuda/beam_select.cuh"
 
 namespace prunelm::cuda {
 namespace {
