@@ -13,7 +13,7 @@ constexpr uint32_t kNowhere = UINT32_MAX;
 
 // A total and where it stands, for which lower wins a tie. Nobody: -inf.
 template <typename S>
-struct Candidate {
+struct alignas(2 * sizeof(S)) Candidate {
   S total;
   uint32_t at;
 
