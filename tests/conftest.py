@@ -6,7 +6,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
-from cuda_emulation.emulated import Kernels, compile_kernels
+from cuda_emulation.emulated import CHECKERS, Kernels, compile_kernels
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -32,5 +32,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     """The CUDA kernels, built for the CPU."""
     library = tmp_path_factory.mktemp("emulated") / "kernels.so"
-    compile_kernels("calls.cpp", library, "-shared", "-fPIC", "-O1")
+    compile_kernels("calls.cpp", library, "-shared", "-fPIC", *CHECKERS["fibers"])
     return Kernels(library)

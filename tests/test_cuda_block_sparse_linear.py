@@ -74,36 +74,16 @@ def cut_of(weight: BlockSparse) -> Tensor:
     return cut
 
 
-MATRIX_CASES = [
-    pytest.param(1, 72, 80, (16, 16), 0.5, None, id="one-row"),
-    pytest.param(9, 88, 51, (16, 32), 0.4, "gelu", id="ragged"),
-    pytest.param(33, 200, 100, (32, 16), 0.6, "silu", id="64-rows"),
-    pytest.param(65, 136, 70, (64, 64), 0.7, "relu", id="two-tiles-of-rows"),
-    pytest.param(3, 296, 200, (48, 128), 0.8, None, id="uneven-blocks"),
-    pytest.param(2, 9000, 16, (16, 64), 0.1, None, id="more-chunks-than-fit"),
-    pytest.param(5, 160, 600, (32, 32), 0.3, None, id="several-warps"),
-    pytest.param(4, 64, 33, (16, 16), 0.0, "gelu", id="all-pruned"),
-    pytest.param(515, 136, 300, (16, 16), 0.5, "gelu", id="unsliced"),
-    pytest.param(513, 1096, 36, (32, 128), 0.6, None, id="unsliced-more-chunks-than-fit"),
-    pytest.param(520, 72, 48, (16, 16), 0.0, "silu", id="unsliced-all-pruned"),
-    pytest.param(515, 144, 300, (16, 16), 0.5, "gelu", id="multicast"),
-    pytest.param(513, 1104, 258, (32, 64), 0.2, None, id="multicast-more-chunks-than-fit"),
-    pytest.param(520, 80, 290, (16, 16), 0.0, "silu", id="multicast-all-pruned"),
-]
-
-
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("M, K, N, block, keep, activation", MATRIX_CASES)
-def test_matrix_instructions(
+def assert_tiles(
     kernels: Kernels,
     dtype: torch.dtype,
-    M: int,
-    K: int,
-    N: int,
+    sizes: tuple[int, int, int],
     block: tuple[int, int],
     keep: float,
     activation: str | None,
 ) -> None:
+    """Within the rounding of the dtype of float64, and the same with and without a schedule."""
+    M, K, N = sizes
     weight = random_blocks(N, K, block, keep)
     x, bias = torch.randn(M, K).to(dtype), torch.randn(N).to(dtype)
     dense = weight.to_dense().to(dtype).double()
@@ -116,6 +96,56 @@ def test_matrix_instructions(
     cut = cut_of(weight)
     again = kernels.block_sparse_linear(*parts, out_features=N, activation=activation, cut=cut)
     assert torch.equal(again, y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "sizes, block, keep, activation",
+    [
+        pytest.param((1, 72, 80), (16, 16), 0.5, None, id="one-row"),
+        pytest.param((9, 88, 51), (16, 32), 0.4, "gelu", id="ragged"),
+        pytest.param((33, 200, 100), (32, 16), 0.6, "silu", id="64-rows"),
+        pytest.param((65, 136, 70), (64, 64), 0.7, "relu", id="two-tiles-of-rows"),
+        pytest.param((3, 296, 200), (48, 128), 0.8, None, id="uneven-blocks"),
+        pytest.param((2, 9000, 16), (16, 64), 0.1, None, id="more-chunks-than-fit"),
+        pytest.param((5, 160, 600), (32, 32), 0.3, None, id="several-warps"),
+        pytest.param((4, 64, 33), (16, 16), 0.0, "gelu", id="all-pruned"),
+    ],
+)
+def test_tiles(
+    kernels: Kernels,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int],
+    block: tuple[int, int],
+    keep: float,
+    activation: str | None,
+) -> None:
+    assert_tiles(kernels, dtype, sizes, block, keep, activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    "sizes, block, keep, activation",
+    [
+        pytest.param((515, 144, 140), (16, 16), 0.5, "gelu", id="ragged"),
+        pytest.param((514, 136, 37), (16, 16), 0.5, None, id="half-a-step"),
+        pytest.param((513, 720, 36), (32, 64), 0.4, "relu", id="more-chunks-than-fit"),
+        pytest.param((520, 80, 50), (16, 16), 0.0, "silu", id="all-pruned"),
+    ],
+)
+def test_tiles_of_many_rows(
+    kernels: Kernels,
+    dtype: torch.dtype,
+    capability: int,
+    sizes: tuple[int, int, int],
+    block: tuple[int, int],
+    keep: float,
+    activation: str | None,
+) -> None:
+    """Multicast on 9.0, not on 8.0."""
+    with kernels.device(capability, 108):
+        assert_tiles(kernels, dtype, sizes, block, keep, activation)
 
 
 def test_without_clusters_slices_are_added_by_a_second_kernel(kernels: Kernels) -> None:

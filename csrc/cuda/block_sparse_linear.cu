@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "cuda/block_sparse_mma.cuh"
+#include "cuda/block_sparse_tiles.cuh"
 #include "cuda/device.cuh"
 
 namespace prunelm::cuda {
@@ -106,12 +106,14 @@ constexpr int kUnslicedRows = 128;  // of a thread block
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// Whether the kernel with matrix instructions takes it.
-bool takes_matrices(const BlockSparseLinear& op, DType dtype) {
-  return dtype != DType::float32 && op.bn % 16 == 0 && op.bk % mma::kStep == 0 &&
-         (mma::kChunk % op.bk == 0 || op.bk % mma::kChunk == 0) && op.K % 8 == 0 &&
-         op.K < INT32_MAX - 2 * op.bk && aligned(op.x) && aligned(op.y) && aligned(op.values) &&
-         compute_capability() >= 80;
+// Whether the kernel in tiles takes it: steps lie within a block and within a chunk of x's columns,
+// and all of it can be copied 16 bytes at a time.
+bool takes_tiles(const BlockSparseLinear& op, DType dtype) {
+  const int64_t size = dtype == DType::float32 ? 4 : 2;
+  const int64_t step = tiles::kStepBytes / size, chunk = tiles::kChunkBytes / size;
+  return op.bn % 16 == 0 && op.bk % step == 0 && (chunk % op.bk == 0 || op.bk % chunk == 0) &&
+         op.K * size % 16 == 0 && op.K < INT32_MAX - 2 * op.bk && aligned(op.x) && aligned(op.y) &&
+         aligned(op.values) && compute_capability() >= 80;
 }
 
 int device_attribute(cudaDeviceAttr attribute) {
@@ -121,66 +123,79 @@ int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
-mma::Mode mode_of(const BlockSparseLinear& op) {
-  if (op.M <= kMostSlicedRows) return mma::Mode::sliced;
-  const bool several = op.N > mma::kMaxWarps * mma::kOutputs;
-  return several && op.K % mma::kStep == 0 && compute_capability() >= 90 ? mma::Mode::shared
-                                                                         : mma::Mode::plain;
+// Warps of a thread block, each for 32 outputs, where there are `times` blocks for the same
+// outputs. Little work: less for each, until most multiprocessors have some. M counts here, but no
+// result depends on how outputs are shared out.
+int warps_of(const BlockSparseLinear& op, int64_t times) {
+  const int64_t enough = device_attribute(cudaDevAttrMultiProcessorCount) * 3 / 4;
+  int warps = tiles::kMaxWarps;
+  while (warps > 1 && times * ceil_div(op.N, warps * tiles::kOutputs) < enough) warps /= 2;
+  return warps;
 }
 
-template <typename T, int kStrip, int kRows, mma::Mode kMode>
-const char* launch_mma(const BlockSparseLinear& op, Activation activation, void* stream) {
-  constexpr bool kSliced = kMode == mma::Mode::sliced;
-  const int slots = mma::Ring<kStrip>::kSlots, slices = kSliced ? mma::kSlices : 1;
-  mma::Tiles tiles{mma::kMaxWarps, 0, op.K};
-  if (kSliced) tiles.slice = ceil_div(ceil_div(op.K, op.bk), slices) * op.bk;
+tiles::Mode mode_of(const BlockSparseLinear& op, int64_t size) {
+  // float32 is bound by its multiply-adds: it stays sliced however many rows there are.
+  if (size == 4 || op.M <= kMostSlicedRows) return tiles::Mode::sliced;
+  if (compute_capability() < 90) return tiles::Mode::plain;
+  const int warps = warps_of(op, ceil_div(op.M, kUnslicedRows));
+  const bool several = op.N > warps * tiles::kOutputs,
+             whole_steps = op.K * size % tiles::kStepBytes == 0;
+  return several && whole_steps ? tiles::Mode::shared : tiles::Mode::sliced;
+}
+
+template <typename T, int kStrip, int kRows, tiles::Mode kMode>
+const char* launch_tiles(const BlockSparseLinear& op, Activation activation, void* stream) {
+  constexpr bool kSliced = kMode == tiles::Mode::sliced;
+  const int slots = tiles::Ring<kStrip>::kSlots, slices = kSliced ? tiles::kSlices : 1;
+  tiles::Tiles plan{tiles::kMaxWarps, 0, op.K};
+  if (kSliced) plan.slice = ceil_div(ceil_div(op.K, op.bk), slices) * op.bk;
   const int64_t row_tiles = ceil_div(op.M, kRows);
-  const auto groups = [&] { return ceil_div(op.N, tiles.warps * mma::kOutputs); };
-  // Little work: less for each thread block, until most multiprocessors have one. How many rows
-  // there are must not count where it would change a result, and it does not.
-  const int64_t enough = device_attribute(cudaDevAttrMultiProcessorCount) * 3 / 4;
-  while (tiles.warps > 1 && row_tiles * groups() * slices < enough) tiles.warps /= 2;
+  plan.warps = warps_of(op, row_tiles * slices);
+  const int64_t groups = ceil_div(op.N, plan.warps * tiles::kOutputs);
 
   const int64_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  const auto bytes = [&] { return mma::Layout(tiles, kRows, slots, kSliced).bytes; };
-  const int64_t chunks = ceil_div(tiles.slice, mma::kChunk);
-  tiles.stages = int(std::min<int64_t>(std::max<int64_t>(chunks, 1), mma::kMaxStages));
-  while (tiles.stages > 1 && bytes() > most) --tiles.stages;
+  const auto bytes = [&] { return tiles::Layout(plan, kRows, slots, kSliced).bytes; };
+  const int64_t chunks = ceil_div(plan.slice * int64_t{sizeof(T)}, tiles::kChunkBytes);
+  plan.stages = int(std::min<int64_t>(std::max<int64_t>(chunks, 1), tiles::kMaxStages));
+  while (plan.stages > 1 && bytes() > most) --plan.stages;
 
-  Grid grid{row_tiles * groups() * slices, dim3{unsigned(tiles.warps) * kWarp}, bytes()};
+  Grid grid{row_tiles * groups * slices, dim3{unsigned(plan.warps) * kWarp}, bytes()};
   if (kSliced && !op.workspace) grid.cluster = slices;
-  if (kMode == mma::Mode::shared) {
-    grid.cluster = int(std::min<int64_t>(groups(), mma::kSharers));
-    grid.blocks = row_tiles * ceil_div(groups(), grid.cluster) * grid.cluster;
+  if (kMode == tiles::Mode::shared) {
+    grid.cluster = int(std::min<int64_t>(groups, tiles::kSharers));
+    grid.blocks = row_tiles * ceil_div(groups, grid.cluster) * grid.cluster;
   }
-  const char* error = launch(mma::block_sparse_mma_kernel<T, kStrip, kRows, kMode>, grid, stream,
-                             op, tiles, activation);
+  const char* error = launch(tiles::block_sparse_tiles_kernel<T, kStrip, kRows, kMode>, grid,
+                             stream, op, plan, activation);
   if (error || !op.workspace) return error;
-  return launch(mma::add_slices_kernel<T>, {ceil_div(op.M * op.N, kThreads), dim3{kThreads}},
+  return launch(tiles::add_slices_kernel<T>, {ceil_div(op.M * op.N, kThreads), dim3{kThreads}},
                 stream, op, activation);
 }
 
 template <typename T, int kStrip>
-const char* launch_mma(const BlockSparseLinear& op, Activation activation, void* stream) {
-  switch (mode_of(op)) {
-    case mma::Mode::plain:
-      return launch_mma<T, kStrip, kUnslicedRows, mma::Mode::plain>(op, activation, stream);
-    case mma::Mode::shared:
-      return launch_mma<T, kStrip, kUnslicedRows, mma::Mode::shared>(op, activation, stream);
-    default:
-      break;
+const char* launch_tiles(const BlockSparseLinear& op, Activation activation, void* stream) {
+  constexpr tiles::Mode kSliced = tiles::Mode::sliced;
+  const tiles::Mode mode = mode_of(op, sizeof(T));
+  if constexpr (sizeof(T) == 2) {
+    if (mode == tiles::Mode::shared) {
+      return launch_tiles<T, kStrip, kUnslicedRows, tiles::Mode::shared>(op, activation, stream);
+    }
+    if (mode == tiles::Mode::plain) {
+      return launch_tiles<T, kStrip, kUnslicedRows, tiles::Mode::plain>(op, activation, stream);
+    }
+    if (op.M > 32) return launch_tiles<T, kStrip, 64, kSliced>(op, activation, stream);
   }
-  constexpr mma::Mode kSliced = mma::Mode::sliced;
-  if (op.M <= 8) return launch_mma<T, kStrip, 8, kSliced>(op, activation, stream);
-  if (op.M <= 32) return launch_mma<T, kStrip, 32, kSliced>(op, activation, stream);
-  return launch_mma<T, kStrip, 64, kSliced>(op, activation, stream);
+  if (op.M > 8) return launch_tiles<T, kStrip, 32, kSliced>(op, activation, stream);
+  return launch_tiles<T, kStrip, 8, kSliced>(op, activation, stream);
 }
 
 }  // namespace
 
 int64_t block_sparse_linear_workspace(const BlockSparseLinear& op, DType dtype) {
-  if (!takes_matrices(op, dtype) || op.M > kMostSlicedRows || compute_capability() >= 90) return 0;
-  return mma::kSlices * op.M * op.N;
+  const int64_t size = dtype == DType::float32 ? 4 : 2;
+  if (compute_capability() >= 90 || !takes_tiles(op, dtype)) return 0;
+  if (mode_of(op, size) != tiles::Mode::sliced) return 0;
+  return tiles::kSlices * op.M * op.N;
 }
 
 const char* launch_block_sparse_linear(const BlockSparseLinear& op, DType dtype,
@@ -188,11 +203,9 @@ const char* launch_block_sparse_linear(const BlockSparseLinear& op, DType dtype,
   if (op.M == 0 || op.N == 0) return nullptr;
   return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    if constexpr (!std::is_same_v<T, float>) {
-      if (takes_matrices(op, dtype)) {
-        return op.bn % 32 == 0 ? launch_mma<T, 32>(op, activation, stream)
-                               : launch_mma<T, 16>(op, activation, stream);
-      }
+    if (takes_tiles(op, dtype)) {
+      return op.bn % 32 == 0 ? launch_tiles<T, 32>(op, activation, stream)
+                             : launch_tiles<T, 16>(op, activation, stream);
     }
     const int64_t blocks = ceil_div(op.N, kWarp) * ceil_div(op.M, kRows);
     return launch(block_sparse_linear_kernel<T>, {blocks, dim3{kWarp, kRows}}, stream, op,

@@ -8,6 +8,7 @@ extern "C" {
 void play(int compute_capability, int multiprocessors) {
   cuda_emulation::compute_capability = compute_capability;
   cuda_emulation::multiprocessors = multiprocessors;
+  cuda_emulation::most_shared = (compute_capability < 90 ? 163 : 227) * 1024;
 }
 
 int64_t block_sparse_linear_workspace(const BlockSparseLinear* op, int dtype) {

@@ -1,10 +1,14 @@
 """Builds the CUDA kernels for the CPU and calls them on CPU tensors."""
 
 import ctypes
+import os
+import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -16,17 +20,55 @@ ACTIVATIONS = (None, "relu", "gelu", "silu")
 PRUNE = ("late", "early", "after")
 
 
+# How a program of kernels is built and run for each of its checkers; all but "fibers" and
+# "memcheck" give every CUDA thread a thread of its own.
+THREADS = ("-O0", "-g", "-DCUDA_EMULATION_THREADS")
+CHECKERS = {
+    "fibers": ("-O1", "-fsanitize=alignment"),
+    "thread": (*THREADS, "-fsanitize=thread"),
+    "address": (*THREADS, "-fsanitize=address,undefined"),
+    "memcheck": ("-O1", "-g", "-DCUDA_EMULATION_MEMCHECK"),
+}
+
+
+def compile_files(files: Sequence[Path], to: Path, *flags: str, sources: Path = SOURCES) -> None:
+    """Compiles CUDA and C++ files for the CPU, two at a time, and links them."""
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        objects = [f"{folder}/{file.name}.o" for file in files]
+        include = f"-I{FOLDER}", f"-I{sources}"
+        # Each library keeps its own threads: unique symbols would be shared by all that are loaded.
+        command = ["g++", "-std=c++20", "-fno-gnu-unique", "-pthread", *include, *flags]
+
+        def compile_object(file: Path, out: str) -> None:
+            subprocess.run([*command, "-c", "-x", "c++", str(file), "-o", out], check=True)
+
+        list(pool.map(compile_object, files, objects))
+        subprocess.run([*command, *objects, "-o", str(to)], check=True)
+
+
 def compile_kernels(
     main: str, to: Path, *flags: str, sources: Path = SOURCES, op: str = "*"
 ) -> None:
     """Compiles an op's .cu of `sources` (all by default), and `main` of this folder."""
     files = [*sorted(sources.glob(f"cuda/{op}.cu")), FOLDER / main]
-    subprocess.run(
-        ["g++", "-std=c++20", f"-I{FOLDER}", f"-I{sources}", *flags, "-x", "c++"]
-        + [str(file) for file in files]
-        + ["-o", str(to), "-pthread"],
-        check=True,
-    )
+    compile_files(files, to, *flags, sources=sources)
+
+
+def has_memcheck() -> bool:
+    """valgrind with its headers."""
+    return bool(shutil.which("valgrind")) and Path("/usr/include/valgrind/memcheck.h").exists()
+
+
+def checked(program: Path, checker: str, *words: str) -> str:
+    """What a checker says of a program's run; empty if it is content."""
+    command = [str(program), *words]
+    if checker == "memcheck":
+        command = ["valgrind", "-q", "--error-exitcode=1", *command]
+    elif shutil.which("setarch"):
+        command = ["setarch", "-R", *command]  # ThreadSanitizer wants the old layout of addresses
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    return result.stderr or ("" if result.returncode == 0 else f"exit {result.returncode}")
 
 
 def _structure(name: str, pointers: str, numbers: str, more: str = "") -> type[ctypes.Structure]:

@@ -1,6 +1,6 @@
 // What the memory_<op>.cpp share: each runs an op's kernels on small odd shapes, every tensor in a
-// heap block of its exact size. Built with AddressSanitizer it is a bounds checker, with
-// ThreadSanitizer a race checker.
+// heap block of its exact size, for the checkers of emulated.py: ThreadSanitizer finds races,
+// AddressSanitizer what is out of bounds, memcheck also what depends on unwritten shared memory.
 #pragma once
 
 #include <cmath>

@@ -30,10 +30,10 @@ std::vector<__nv_bfloat16> narrow(const std::vector<float>& wide) {
   return out;
 }
 
-// The kernel with matrix instructions: `multiprocessors` says how many warps share a thread block,
+// The kernel in tiles: `multiprocessors` says how many warps share a thread block,
 // `shared` how many chunks of x fit.
-void matrices(int64_t M, int64_t K, int64_t N, int64_t bn, int64_t bk, int capability,
-              int multiprocessors, size_t shared) {
+void tiles(int64_t M, int64_t K, int64_t N, int64_t bn, int64_t bk, int capability,
+           int multiprocessors, size_t shared) {
   cuda_emulation::compute_capability = capability;
   cuda_emulation::multiprocessors = multiprocessors;
   cuda_emulation::most_shared = shared;
@@ -56,17 +56,17 @@ void matrices(int64_t M, int64_t K, int64_t N, int64_t bn, int64_t bk, int capab
   const char* error = launch_block_sparse_linear(op, DType::bfloat16, Activation::relu, nullptr);
   std::vector<float> wide;
   for (const __nv_bfloat16 one : y) wide.push_back(__bfloat162float(one));
-  report("matrices", error, wide);
+  report("tiles", error, wide);
 }
 
 }  // namespace
 
 int main() {
   block_sparse_linear();
-  matrices(5, 200, 40, 16, 16, 90, 8, 227 * 1024);
-  matrices(3, 1160, 40, 32, 64, 90, 132, 11 * 1024);  // 3 chunks a slice, 2 of which fit
-  matrices(3, 40, 24, 16, 16, 80, 8, 227 * 1024);
-  matrices(513, 200, 40, 32, 32, 90, 132, 46 * 1024);   // 4 chunks, 2 of which fit
-  matrices(513, 208, 260, 32, 32, 90, 132, 46 * 1024);  // multicast
+  tiles(5, 136, 72, 16, 16, 90, 16, 227 * 1024);    // two warps
+  tiles(3, 1160, 40, 32, 64, 90, 132, 11 * 1024);   // 3 chunks a slice, 2 of which fit
+  tiles(3, 40, 24, 16, 16, 80, 132, 227 * 1024);    // no cluster
+  tiles(513, 200, 24, 32, 32, 80, 132, 46 * 1024);  // 4 chunks, 2 of which fit
+  tiles(513, 208, 40, 32, 32, 90, 132, 46 * 1024);  // multicast
   return ok ? 0 : 1;
 }

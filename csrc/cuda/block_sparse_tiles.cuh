@@ -1,11 +1,10 @@
-// Block-sparse linear with matrix instructions: 16-bit numbers, blocks of 16 x 16 and multiples.
+// Block-sparse linear for blocks of at least 16 outputs by 16 columns (8 for float32), in tiles.
 //
 // A warp computes 32 neighbouring outputs ("strips": two of 16 or one of 32, each within one block
-// row) for kRows rows of x. It walks the stored blocks of its strips in steps of 16 columns.
-// Weights come straight from memory into a ring of its own, several steps ahead, so that warps
-// never wait for each other; rows of x come in chunks of columns that all warps share, fetched by
-// one more warp. Weights are the instruction's 16-high operand and rows of x its 8-wide one, so
-// that few rows waste little.
+// row) for kRows rows of x. It walks the stored blocks of its strips a step of columns at a time.
+// Weights come straight from memory into a ring of its own, several steps ahead; rows of x come in
+// chunks of columns that all warps share and fetch together. Chunks are handed over by mbarriers,
+// so that a warp with many stored blocks in one chunk may be some chunks behind the others.
 //
 // Many rows are bound by what comes from the second-level cache, and with small blocks most of that
 // is x: neighbours in a cluster, which compute other outputs for the same rows, multicast it.
@@ -17,16 +16,14 @@
 #pragma once
 
 #include "cuda/async_copy.cuh"
+#include "cuda/block_sparse_sums.cuh"
 #include "cuda/cluster.cuh"
 #include "cuda/device.cuh"
-#include "cuda/matrix.cuh"
 
-namespace prunelm::cuda::mma {
+namespace prunelm::cuda::tiles {
 
-constexpr int kOutputs = 32;  // of a warp
-constexpr int kStep = 16;     // columns of x multiplied at once
-constexpr int kChunk = 64;    // columns of x fetched at once: blocks divide it or it divides them
-constexpr int kPitch = 144;   // bytes between rows of a chunk: 16 more, to lie in other banks
+constexpr int kStepBytes = 32;    // of a row of x, multiplied at once
+constexpr int kChunkBytes = 128;  // of a row of x, fetched at once
 constexpr int kRingBytes = 8192;  // weights on their way to a warp: 64 KB a block of 8
 constexpr int kMaxStages = 16;
 constexpr int kMaxWarps = 8;
@@ -36,7 +33,7 @@ constexpr int kSharers = 4;  // thread blocks of a cluster that read the same ro
 
 enum class Mode {
   sliced,  // columns are cut over thread blocks, for few rows
-  plain,   // a thread block walks all columns
+  plain,   // a thread block walks all columns (before sm_90)
   shared,  // so does each of a cluster, and they fetch the rows of x for one another (sm_90)
 };
 
@@ -49,7 +46,7 @@ struct Tiles {
 
 template <int kStrip>
 struct Ring {
-  static constexpr int kSlotBytes = kStep * kStrip * 2, kSlots = kRingBytes / kSlotBytes;
+  static constexpr int kSlotBytes = kStepBytes * kStrip, kSlots = kRingBytes / kSlotBytes;
 };
 
 // Where a thread block keeps what in shared memory.
@@ -82,8 +79,13 @@ __device__ inline int first_at_least(const int32_t* col, int begin, int end, int
   return begin + count;
 }
 
-// A warp's way through the stored blocks of a strip, in ascending order: 16 columns a step.
+// A warp's way through the stored blocks of a strip, in ascending order: 16 columns a step. In
+// memory one step follows the other.
+template <typename T>
 struct Walk {
+  static constexpr int kStep = kStepBytes / int(sizeof(T));
+
+  const T* weights;   // of the step: column by column, outputs beside each other
   int next, end;      // stored blocks; `next` is the one after the current one
   int base;           // of the window of columns
   int window, ahead;  // the columns of blocks base + lane and base + 32 + lane
@@ -95,7 +97,8 @@ struct Walk {
     return i < end ? col[i] : 0;
   }
 
-  __device__ void begin(const BlockSparseLinear& op, int first, int last) {
+  __device__ void begin(const BlockSparseLinear& op, int64_t n, int first, int last) {
+    weights = static_cast<const T*>(op.values) + first * op.bk * op.bn + n % op.bn;
     next = base = first;
     end = last;
     window = load(op.col, base);
@@ -120,6 +123,7 @@ struct Walk {
   }
 
   __device__ void step(const BlockSparseLinear& op) {
+    weights += kStep * op.bn;
     inner += kStep;
     k += kStep;
     // What a last block holds past K is nobody's.
@@ -127,10 +131,27 @@ struct Walk {
   }
 };
 
+// A chunk of x and the place where it lies; it takes that of the chunk `stages` before it.
+struct Place {
+  int chunk = -1, stage = -1;
+  uint32_t turn = 0;  // how many chunks have lain there before
+
+  __device__ void next(int stages) {
+    ++chunk;
+    if (++stage == stages) {
+      stage = 0;
+      ++turn;
+    }
+  }
+};
+
 template <typename T, int kStrip, int kRows, Mode kMode>
 struct Kernel {
   static constexpr bool kSliced = kMode == Mode::sliced;
-  static constexpr int kStrips = kOutputs / kStrip, kHalves = kStrip / 16, kTiles = kRows / 8;
+  static constexpr int kStrips = kOutputs / kStrip;
+  static constexpr int kStep = Walk<T>::kStep, kChunk = kChunkBytes / int(sizeof(T));
+  static constexpr int kPiece = 16 / int(sizeof(T));  // numbers that are copied at once
+  using WarpSums = Sums<T, kStrip, kRows>;
   static constexpr int kSlots = Ring<kStrip>::kSlots, kSlotBytes = Ring<kStrip>::kSlotBytes;
 
   const BlockSparseLinear& op;
@@ -192,7 +213,7 @@ struct Kernel {
     } else {
       __syncthreads();
     }
-    float sums[kStrips][kHalves][kTiles][4]{};
+    WarpSums sums;
     multiply(sums);
     if constexpr (kSliced) {
       __syncthreads();  // nobody reads weights or x any more
@@ -210,20 +231,20 @@ struct Kernel {
   }
 
   // This warp's share of a chunk of x's columns.
-  __device__ void fetch_x(int chunk) const {
+  __device__ void fetch_x(int chunk, int stage) const {
     if constexpr (kMode == Mode::shared) {
-      fetch_x_for_all(chunk);
+      fetch_x_for_all(chunk, stage);
     } else {
-      fetch_own_x(chunk);
+      fetch_own_x(chunk, stage);
     }
   }
 
   // A lane fetches a row for the whole cluster. Rows and columns past the end stay as they are:
   // what they are multiplied to is not stored, or they are not multiplied.
-  __device__ void fetch_x_for_all(int chunk) const {
-    const int stage = chunk % tiles.stages, sharers = int(cluster_size());
+  __device__ void fetch_x_for_all(int chunk, int stage) const {
+    const int sharers = int(cluster_size());
     const int64_t k = k0 + int64_t{chunk} * kChunk;
-    const uint32_t bytes = uint32_t(min(int64_t{kChunk}, op.K - k)) * 2;
+    const uint32_t bytes = uint32_t(min(int64_t{kChunk}, op.K - k)) * uint32_t(sizeof(T));
     const int rows = int(min(int64_t{kRows}, op.M - m0));
     if (warp == 0 && lane == 0) mbarrier_arrive_expecting(full(stage), bytes * uint32_t(rows));
     const T* x = static_cast<const T*>(op.x) + m0 * op.K + k;
@@ -235,13 +256,13 @@ struct Kernel {
     }
   }
 
-  __device__ void fetch_own_x(int chunk) const {
-    constexpr int kPieces = kChunk / 8,
+  __device__ void fetch_own_x(int chunk, int stage) const {
+    constexpr int kPieces = kChunkBytes / 16,
                   kLines = kWarp / kPieces;  // rows that a warp fetches at once
     const T* x = static_cast<const T*>(op.x);
     const int piece = lane % kPieces;
-    const int64_t k = k0 + int64_t{chunk} * kChunk + piece * 8;
-    unsigned char* to = x_stage(chunk % tiles.stages) + piece * 16;
+    const int64_t k = k0 + int64_t{chunk} * kChunk + piece * kPiece;
+    unsigned char* to = x_stage(stage) + piece * 16;
     for (int first = warp * kLines; first < kRows; first += tiles.warps * kLines) {
       const int row = first + lane / kPieces;
       const bool valid = m0 + row < op.M && k < op.K;
@@ -249,28 +270,30 @@ struct Kernel {
         cp_async<16>(to + row * kPitch, valid ? x + (m0 + row) * op.K + k : x, valid);
       }
     }
-    mbarrier_arrive_after_copies(full(chunk % tiles.stages));
+    mbarrier_arrive_after_copies(full(stage));
   }
 
-  // Waits for a chunk; all warps enter all chunks, in order. The place of a chunk that was left a
-  // while ago, as far as all have left it, takes the next one.
-  __device__ void enter(int chunk) const {
-    const int left = chunk - (tiles.stages + 1) / 2;
-    if (left >= 0 && left + tiles.stages < chunks) {
-      uint64_t* barrier = empty(left % tiles.stages);
-      if constexpr (kMode == Mode::shared) {
-        mbarrier_wait_cluster(barrier, uint32_t(left / tiles.stages));
-      } else {
-        mbarrier_wait(barrier, uint32_t(left / tiles.stages));
+  // Goes on to the next chunk, which all warps do for all chunks, in order. The place of a chunk
+  // that was left a while ago is filled anew as soon as all have left it.
+  __device__ void enter(Place& here, Place& left) const {
+    here.next(tiles.stages);
+    if (here.chunk >= (tiles.stages + 1) / 2) {
+      left.next(tiles.stages);
+      if (left.chunk + tiles.stages < chunks) {
+        if constexpr (kMode == Mode::shared) {
+          mbarrier_wait_cluster(empty(left.stage), left.turn);
+        } else {
+          mbarrier_wait(empty(left.stage), left.turn);
+        }
+        fetch_x(left.chunk + tiles.stages, left.stage);
       }
-      fetch_x(left + tiles.stages);
     }
-    mbarrier_wait(full(chunk % tiles.stages), uint32_t(chunk / tiles.stages));
+    mbarrier_wait(full(here.stage), here.turn);
   }
 
-  __device__ void leave(int chunk) const {
+  __device__ void leave(const Place& here) const {
     __syncwarp();
-    uint64_t* barrier = empty(chunk % tiles.stages);
+    uint64_t* barrier = empty(here.stage);
     if constexpr (kMode == Mode::shared) {
       if (lane < int(cluster_size())) mbarrier_arrive_at(barrier, uint32_t(lane));
     } else {
@@ -279,7 +302,7 @@ struct Kernel {
   }
 
   // The stored blocks of strip s of this warp, within the slice.
-  __device__ Walk walk(int s) const {
+  __device__ Walk<T> walk(int s) const {
     const int64_t n = n0 + warp * kOutputs + s * kStrip;
     int first = 0, last = 0;
     if (n < op.N) {
@@ -297,30 +320,28 @@ struct Kernel {
         }
       }
     }
-    Walk walk;
-    walk.begin(op, first, last);
+    Walk<T> walk;
+    walk.begin(op, n, first, last);
     return walk;
   }
 
-  // Asks for the weights of the next step, 16 columns by kStrip outputs, if there is one.
-  __device__ bool fetch_weights(Walk (&walks)[kStrips], int i) const {
+  // Asks for the weights of the next step, if there is one.
+  __device__ bool fetch_weights(Walk<T> (&walks)[kStrips], int i) const {
     int s = 0;
     if constexpr (kStrips == 2) s = walks[1].k < walks[0].k;
-    Walk current = walks[0];
+    Walk<T> current = walks[0];
     if constexpr (kStrips == 2) {
       if (s) current = walks[1];
     }
     if (current.k == kEnd) return false;
-    const int64_t n = n0 + warp * kOutputs + s * kStrip;
-    const T* from = static_cast<const T*>(op.values) +
-                    (int64_t{current.next - 1} * op.bk + current.inner) * op.bn + n % op.bn;
-    constexpr int kPieces = kStrip / 8, kLines = kWarp / kPieces;
+    constexpr int kPieces = kStrip / kPiece, kLines = kWarp / kPieces;
     const int piece = lane % kPieces;
 #pragma unroll
     for (int first = 0; first < kStep; first += kLines) {
       const int line = first + lane / kPieces;
       const bool valid = current.k + line < op.K;
-      cp_async<16>(slot(i) + weight_offset(line, piece), from + line * op.bn + piece * 8, valid);
+      cp_async<16>(slot(i) + WarpSums::offset(line, piece),
+                   current.weights + line * int(op.bn) + piece * kPiece, valid);
     }
     if (lane == 0) slot_column(i) = s ? ~current.k : current.k;
     current.step(op);
@@ -336,15 +357,9 @@ struct Kernel {
     return true;
   }
 
-  // Where 8 outputs of a column lie in a slot: the 8 columns that are read at once, in all banks.
-  __device__ static int weight_offset(int line, int piece) {
-    const int turned = kStrip == 32 ? piece ^ (line >> 1 & 3) : piece ^ (line >> 2 & 1);
-    return line * kStrip * 2 + turned * 16;
-  }
-
-  __device__ void multiply(float (&sums)[kStrips][kHalves][kTiles][4]) const {
-    for (int i = 0; i < min(chunks, tiles.stages); ++i) fetch_x(i);
-    Walk walks[kStrips];
+  __device__ void multiply(WarpSums& sums) const {
+    for (int i = 0; i < min(chunks, tiles.stages); ++i) fetch_x(i, i);
+    Walk<T> walks[kStrips];
 #pragma unroll
     for (int s = 0; s < kStrips; ++s) walks[s] = walk(s);
     int asked = 0;
@@ -353,8 +368,8 @@ struct Kernel {
       asked += fetch_weights(walks, i);
       cp_async_commit();
     }
-    int chunk = -1;
-    int64_t chunk_end = k0;  // column
+    Place here, left;
+    int chunk_end = int(k0);  // column
     for (int i = 0; i < asked; ++i) {
       asked += fetch_weights(walks, i + kSlots - 1);
       cp_async_commit();
@@ -362,83 +377,34 @@ struct Kernel {
       __syncwarp();
       const int found = slot_column(i), k = found < 0 ? ~found : found;
       while (k >= chunk_end) {
-        if (chunk >= 0) leave(chunk);
-        enter(++chunk);
+        if (here.chunk >= 0) leave(here);
+        enter(here, left);
         chunk_end += kChunk;
       }
-      const unsigned char* x = x_stage(chunk % tiles.stages) + (k - (chunk_end - kChunk)) * 2;
+      const unsigned char* x = x_stage(here.stage) + (k - (chunk_end - kChunk)) * int(sizeof(T));
       if (kStrips == 1 || found >= 0) {
-        multiply_step(sums[0], slot(i), x);
+        sums.template multiply<0>(slot(i), x);
       } else {
-        multiply_step(sums[kStrips - 1], slot(i), x);
+        sums.template multiply<kStrips - 1>(slot(i), x);
       }
       __syncwarp();
     }
     // Chunks that nobody here needs are entered all the same: the others count on it.
-    if (chunk >= 0) leave(chunk);
-    while (++chunk < chunks) {
-      enter(chunk);
-      leave(chunk);
+    if (here.chunk >= 0) leave(here);
+    while (here.chunk + 1 < chunks) {
+      enter(here, left);
+      leave(here);
     }
     cp_async_wait<0>();
-  }
-
-  // 16 columns of kStrip outputs by kRows rows.
-  __device__ void multiply_step(float (&sums)[kHalves][kTiles][4], const unsigned char* weights,
-                                const unsigned char* x) const {
-    const int matrix = lane / 8, line = lane % 8;
-    uint32_t a[kHalves][4];
-#pragma unroll
-    for (int half = 0; half < kHalves; ++half) {
-      ldmatrix_x4_trans(a[half],
-                        weights + weight_offset(line + matrix / 2 * 8, half * 2 + matrix % 2));
-    }
-    if constexpr (kTiles == 1) {
-      uint32_t b[2];
-      ldmatrix_x2(b, x + line * kPitch + matrix % 2 * 16);
-#pragma unroll
-      for (int half = 0; half < kHalves; ++half) mma_16x8x16<T>(sums[half][0], a[half], b);
-    } else {
-#pragma unroll
-      for (int pair = 0; pair < kTiles / 2; ++pair) {
-        uint32_t b[4];
-        ldmatrix_x4(b, x + (pair * 16 + matrix / 2 * 8 + line) * kPitch + matrix % 2 * 16);
-        const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
-#pragma unroll
-        for (int half = 0; half < kHalves; ++half) {
-          mma_16x8x16<T>(sums[half][2 * pair], a[half], low);
-          mma_16x8x16<T>(sums[half][2 * pair + 1], a[half], high);
-        }
-      }
-    }
-  }
-
-  // run(output within the warp's 32, row, sum) for each sum of this thread.
-  template <typename Run>
-  __device__ void each_sum(const float (&sums)[kStrips][kHalves][kTiles][4], Run run) const {
-#pragma unroll
-    for (int s = 0; s < kStrips; ++s) {
-#pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-#pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            run(s * kStrip + half * 16 + lane / 4 + i / 2 * 8, tile * 8 + lane % 4 * 2 + i % 2,
-                sums[s][half][tile][i]);
-          }
-        }
-      }
-    }
   }
 
   __device__ float* kept() const { return reinterpret_cast<float*>(shared + layout.columns); }
 
   // The slice's sums, [kRows, outputs], in shared memory.
-  __device__ void keep(const float (&sums)[kStrips][kHalves][kTiles][4]) const {
+  __device__ void keep(const WarpSums& sums) const {
     float* to = kept() + warp * kOutputs;
     const int pitch = Layout::sums_pitch(tiles);
-    each_sum(sums, [&](int n, int m, float sum) { to[m * pitch + n] = sum; });
+    sums.each([&](int n, int m, float sum) { to[m * pitch + n] = sum; });
   }
 
   // The slice's sums for the kernel that adds slices up.
@@ -480,13 +446,13 @@ struct Kernel {
   }
 
   // The warp's [kRows, 32] of y, turned over in its ring so that neighbours in memory go together.
-  __device__ void write(const float (&sums)[kStrips][kHalves][kTiles][4],
-                        Activation activation) const {
+  __device__ void write(const WarpSums& sums, Activation activation) const {
     static_assert(kSliced || kRows * kOutputs * int(sizeof(T)) <= kRingBytes);
     T* turned = reinterpret_cast<T*>(slot(0));
     const int64_t n_warp = n0 + warp * kOutputs;
     const auto at = [](int m, int n) { return m * kOutputs + ((n / 8 ^ m / 2 % 4) * 8 + n % 8); };
-    each_sum(sums, [&](int n, int m, float sum) {
+    sums.each([&](int n, int m, float sum) {
+      if (m0 + m >= op.M) return;
       if (op.bias && n_warp + n < op.N) sum += to_float(static_cast<const T*>(op.bias)[n_warp + n]);
       store(turned + at(m, n), activate(sum, activation));
     });
@@ -507,9 +473,15 @@ struct Kernel {
 };
 
 template <typename T, int kStrip, int kRows, Mode kMode>
-__global__ void __launch_bounds__(kMaxWarps* kWarp, kRows == 128 ? 1 : 2)
-    block_sparse_mma_kernel(BlockSparseLinear op, Tiles tiles, Activation activation) {
-  Kernel<T, kStrip, kRows, kMode>(op, tiles).run(activation);
+__global__ void __launch_bounds__(kMaxWarps* kWarp, kRows == 128 || sizeof(T) == 4 ? 1 : 2)
+    block_sparse_tiles_kernel(BlockSparseLinear op, Tiles tiles, Activation activation) {
+#ifdef __CUDA_ARCH__
+  // The launcher takes one of the two, and compiling them takes longest.
+  constexpr bool used = kMode == Mode::sliced || (kMode == Mode::shared) == (__CUDA_ARCH__ >= 900);
+#else
+  constexpr bool used = true;
+#endif
+  if constexpr (used) Kernel<T, kStrip, kRows, kMode>(op, tiles).run(activation);
 }
 
 // A thread adds one element of y up over the slices in the workspace, in order.
@@ -523,4 +495,4 @@ __global__ void add_slices_kernel(BlockSparseLinear op, Activation activation) {
   store(static_cast<T*>(op.y) + i, activate(sum, activation));
 }
 
-}  // namespace prunelm::cuda::mma
+}  // namespace prunelm::cuda::tiles
