@@ -46,6 +46,7 @@ void beam_step(Prune prune, const Shape& shape) {
   op.workspace = workspace.get();
   report("beam_step", launch_beam_step(op, DType::float32, DType::float32, nullptr), out);
   report("beam_step's parts", nullptr, parts);
+  if (shape.few && bad[0]) report("beam_step", "saw a NaN that is not there", out);
 }
 
 }  // namespace
