@@ -189,22 +189,135 @@ def test_triton_in_a_graph() -> None:
     assert torch.equal(y, expected)
 
 
+def beam_inputs(B: int, W: int, V: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Two terms, one of them in 16 bits; the second half is in slots of all kinds."""
+    kinds = (dtype, torch.bfloat16)
+    slot = torch.zeros(B, W, dtype=torch.int64)
+    slot[B // 2 :] = torch.tensor([0, 0, 1, 2, 0, 3, 0, 1, 0])[torch.arange(B * W) % 9].view(B, W)[
+        B // 2 :
+    ]
+    return {
+        "score": torch.randn(B, W, dtype=dtype, device=device),
+        "am_logits": 2 * torch.randn(B, W, V, dtype=dtype, device=device),
+        "terms": [
+            (
+                torch.randn(5, V, device=device).log_softmax(-1).to(kind),
+                torch.randint(5, (B, W), device=device),
+                torch.randn(B, dtype=dtype, device=device),
+            )
+            for kind in kinds
+        ],
+        "slot": slot.to(device),
+    }
+
+
+def wide(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same on the CPU, in float64."""
+    return {
+        "score": inputs["score"].double().cpu(),
+        "am_logits": inputs["am_logits"].double().cpu(),
+        "terms": [
+            (rows.double().cpu(), row.cpu(), weight.double().cpu())
+            for rows, row, weight in inputs["terms"]
+        ],
+        "slot": inputs["slot"].cpu(),
+    }
+
+
+BEAM_OPTIONS = [
+    pytest.param({}, id="plain"),
+    pytest.param(
+        {"temperature": 1.3, "blank_penalty": 0.5, "silent": (1, 4), "token_reward": 0.2},
+        id="scaled",
+    ),
+    pytest.param({"weigh_blank": True}, id="weigh-blank"),
+]
+
+
+@pytest.mark.parametrize("options", BEAM_OPTIONS)
 @pytest.mark.parametrize("prune", ["late", "early", "after"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("B, W, V", [(4, 4, 500), (3, 9, 37), (2, 1, 5000), (0, 2, 7)])
-def test_beam_step(backend: Any, prune: Any, B: int, W: int, V: int) -> None:
-    score = torch.randn(B, W, dtype=torch.float64)
-    am_logits = 2 * torch.randn(B, W, V, dtype=torch.float64)
-    rows = torch.randn(5, V, dtype=torch.float64).log_softmax(-1)
-    row, weight = torch.randint(5, (B, W)), torch.randn(B, dtype=torch.float64)
-    slot = torch.tensor([0, 0, 1, 2, 0, 3, 0, 1, 0])[torch.arange(B * W) % 9].view(B, W)
-    expected = ops.beam_step(score, am_logits, ((rows, row, weight),), slot=slot, prune=prune)
-    moved = (rows.cuda(), row.cuda(), weight.cuda())
-    got = ops.beam_step(
-        score.cuda(), am_logits.cuda(), (moved,), slot=slot.cuda(), prune=prune, backend=backend
-    )
-    for one, other in zip(got, expected, strict=True):
-        torch.testing.assert_close(one.cpu(), other)
+@pytest.mark.parametrize(
+    "B, W, V",
+    [
+        pytest.param(32, 8, 500, id="one-launch"),
+        pytest.param(3, 9, 37, id="odd"),
+        pytest.param(2, 1, 5000, id="one-hypothesis"),
+        pytest.param(8, 8, 5003, id="two-launches"),
+        pytest.param(2, 33, 150, id="wide"),
+        pytest.param(2, 12, 7, id="wider-than-v"),
+        pytest.param(2, 3, 40001, id="rows-beyond-shared-memory"),
+        pytest.param(0, 2, 7, id="no-utterance"),
+    ],
+)
+def test_beam_step(
+    backend: Any, dtype: torch.dtype, prune: Any, options: Any, B: int, W: int, V: int
+) -> None:
+    inputs = beam_inputs(B, W, V, dtype, "cuda")
+    got = ops.beam_step(**inputs, **options, prune=prune, backend=backend)
+    expected = ops.beam_step(**wide(inputs), **options, prune=prune)
+    assert torch.equal(got.parent.cpu(), expected.parent)
+    assert torch.equal(got.token.cpu(), expected.token)
+    assert torch.equal(got.bad.cpu(), expected.bad)
+    eps = torch.finfo(dtype).eps
+    for one, other in ((got.score, expected.score), (got.parts, expected.parts)):
+        torch.testing.assert_close(one.double().cpu(), other, rtol=16 * eps, atol=64 * eps)
+    again = ops.beam_step(**inputs, **options, prune=prune, backend=backend)
+    assert all(torch.equal(one, other) for one, other in zip(got, again, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("V", [300, 3000])
+def test_beam_step_says_what_is_bad_and_breaks_ties(backend: Any, V: int) -> None:
+    inputs = beam_inputs(6, 4, V, torch.float32, "cuda")
+    inputs["slot"][:] = 0
+    inputs["am_logits"][0, 1, V - 1] = torch.nan
+    inputs["am_logits"][1, 2] = -torch.inf
+    inputs["am_logits"][2, 0, 3] = torch.inf
+    inputs["am_logits"][3] = 0
+    inputs["score"][3] = 0
+    inputs["score"][4] = -torch.inf
+    inputs["terms"][0][1][5, 1] = 5  # out of range
+    for term in inputs["terms"]:
+        term[2][3] = 0
+    got = ops.beam_step(**inputs, backend=backend)
+    assert got.bad.tolist() == [True, False, True, False, False, True]
+    assert got.parent[3].tolist() == [0, 0, 0, 0]
+    assert got.token[3].tolist() == [0, 1, 2, 3]
+    assert got.parent[4].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("B, W, V", [(4, 8, 500), (4, 8, 5001)])
+def test_beam_step_in_a_graph(backend: Any, B: int, W: int, V: int) -> None:
+    """Both launches, with what runs before and after them on the stream, on changed inputs."""
+    inputs = beam_inputs(B, W, V, torch.float32, "cuda")
+
+    def step() -> list[torch.Tensor]:
+        scaled = {**inputs, "am_logits": inputs["am_logits"] * 0.5}
+        first = ops.beam_step(**scaled, backend=backend)
+        second = ops.beam_step(**{**scaled, "score": first.score}, backend=backend)
+        return [*first, *second, second.score * 2]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    for _ in range(3):
+        changed = beam_inputs(B, W, V, torch.float32, "cuda")
+        inputs["score"].copy_(changed["score"])
+        inputs["am_logits"].copy_(changed["am_logits"])
+        for term, other in zip(inputs["terms"], changed["terms"], strict=True):
+            for tensor, value in zip(term, other, strict=True):
+                tensor.copy_(value)
+        graph.replay()
+        expected = step()
+        assert all(torch.equal(one, other) for one, other in zip(results, expected, strict=True))
 
 
 def test_runs_on_the_current_stream_and_in_a_graph() -> None:

@@ -66,8 +66,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> beam_step_cuda(
   op.token = static_cast<int64_t*>(token.data_ptr());
   op.parts = new_parts.data_ptr();
   op.bad = static_cast<bool*>(bad.data_ptr());
-  check_launched("beam_step", launch_beam_step(op, dtype_of("am_logits", am_logits),
-                                               dtype_of("score", score), device.stream));
+  const DType logits_dtype = dtype_of("am_logits", am_logits);
+  const DType score_dtype = dtype_of("score", score);
+  const int64_t bytes = beam_step_workspace(op, logits_dtype, score_dtype);
+  Tensor workspace = torch::stable::new_empty(score, {bytes}, ScalarType::Byte);
+  op.workspace = workspace.data_ptr();
+  check_launched("beam_step", launch_beam_step(op, logits_dtype, score_dtype, device.stream));
   return {new_score, parent, token, new_parts, bad};
 }
 

@@ -69,7 +69,8 @@ struct Grid {
   dim3 threads;
   int64_t shared_bytes = 0;  // dynamic
   int cluster = 1;           // blocks a cluster (sm_90)
-  // The launch may begin before the kernel ahead of it in the stream has ended (sm_90): the kernel
+  // The launch may begin before the kernel ahead of it in the stream has ended, where code for
+  // sm_90 runs: the kernel
   // calls wait_for_kernel_ahead before it reads what that one wrote, or writes what it reads.
   bool early = false;
 };
@@ -93,6 +94,16 @@ inline int compute_capability() {
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   return 10 * major + minor;
+}
+
+// What the current device's code of a kernel was compiled for, as 80 for 8.0: a device may run what
+// an older one's PTX became, which knows nothing of clusters and early launches. 0: unknown.
+template <typename... Parameters>
+int compiled_for(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes{};
+  if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess) return attributes.ptxVersion;
+  cudaGetLastError();
+  return 0;
 }
 
 // nullptr, or why the kernel was not launched.
@@ -126,7 +137,7 @@ const char* launch(void (*kernel)(Parameters...), const Grid& grid, void* stream
     attribute.val.clusterDim.x = unsigned(grid.cluster);
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   }
-  if (grid.early) {
+  if (grid.early && compiled_for(kernel) >= 90) {
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;

@@ -78,7 +78,12 @@ struct BeamStep {
   int64_t* token;   // [B, W]
   void* parts;      // [B, W, 1 + term_count]
   bool* bad;        // [B]
+  void* workspace;  // of beam_step_workspace's bytes
+  // Shared memory that a thread block may take; rows that do not fit are read from global memory.
+  // Two blocks fit a multiprocessor of sm_80 and later, and one of 8.6 and 8.9.
+  int64_t most_shared = 96 * 1024;
 };
+int64_t beam_step_workspace(const BeamStep& op, DType logits_dtype, DType score_dtype);
 const char* launch_beam_step(const BeamStep& op, DType logits_dtype, DType score_dtype,
                              void* stream);
 

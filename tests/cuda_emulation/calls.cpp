@@ -53,6 +53,9 @@ const char* block_sparse_linear_grad_values(const BlockSparseGradient* op) {
 const char* low_rank_linear(const LowRankLinear* op, int dtype, int activation) {
   return launch_low_rank_linear(*op, DType(dtype), Activation(activation), nullptr);
 }
+int64_t beam_step_workspace_bytes(const BeamStep* op, int logits_dtype, int score_dtype) {
+  return beam_step_workspace(*op, DType(logits_dtype), DType(score_dtype));
+}
 const char* beam_step(const BeamStep* op, int logits_dtype, int score_dtype) {
   return launch_beam_step(*op, DType(logits_dtype), DType(score_dtype), nullptr);
 }

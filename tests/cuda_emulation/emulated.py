@@ -111,6 +111,8 @@ class BeamStep(ctypes.Structure):
         ("weigh_blank", ctypes.c_bool),
         *((name, ctypes.c_int64) for name in "BWV"),
         *((name, ctypes.c_void_p) for name in ("new_score", "parent", "token", "parts", "bad")),
+        ("workspace", ctypes.c_void_p),
+        ("most_shared", ctypes.c_int64),
     )
 
 
@@ -222,6 +224,7 @@ class Kernels:
         blank_penalty: float = 0.0,
         prune: str = "late",
         weigh_blank: bool = False,
+        most_shared: int = 96 * 1024,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         B, W, V = am_logits.shape
         out = (
@@ -249,7 +252,12 @@ class Kernels:
         op.B, op.W, op.V = B, W, V
         for name, tensor in zip(("new_score", "parent", "token", "parts", "bad"), out, strict=True):
             setattr(op, name, _pointer(tensor))
+        op.most_shared = most_shared
         codes = DTYPES.index(am_logits.dtype), DTYPES.index(score.dtype)
+        workspace_bytes = self._library.beam_step_workspace_bytes
+        workspace_bytes.restype = ctypes.c_int64
+        workspace = torch.full((workspace_bytes(ctypes.byref(op), *codes),), 255, dtype=torch.uint8)
+        op.workspace = _pointer(workspace)
         self._launch("beam_step", op, *codes)
         return out
 
