@@ -14,11 +14,9 @@ pytest.importorskip("triton")
 from prunelm import ops
 from prunelm.ops.beam_step import beam_step_reference
 from prunelm.ops.block_sparse_linear import block_sparse_linear_reference
-from prunelm.ops.low_rank_linear import low_rank_linear_reference
 from prunelm.sparse import BlockSparse
 from prunelm.triton_kernels.beam_step import beam_step
 from prunelm.triton_kernels.block_sparse_linear import block_sparse_linear
-from prunelm.triton_kernels.low_rank_linear import low_rank_linear
 
 # Where a mask discards it, -inf meets inf in the interpreter's numpy.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")
@@ -47,28 +45,6 @@ def test_block_sparse_linear(
         y = block_sparse_linear(x, *parts, b, out_features=N, activation=activation)
         expected = block_sparse_linear_reference(x, weight, b, activation)
         torch.testing.assert_close(y, expected, rtol=1e-5, atol=2e-5)
-
-
-@pytest.mark.parametrize(
-    "M, K, R, N, activation",
-    [
-        pytest.param(1, 65, 9, 33, None, id="one-row"),
-        pytest.param(19, 31, 40, 70, "gelu", id="ragged"),
-        pytest.param(2, 9, 0, 5, "silu", id="rank-0"),
-        pytest.param(0, 9, 4, 5, None, id="no-rows"),
-    ],
-)
-def test_low_rank_linear(M: int, K: int, R: int, N: int, activation: str | None) -> None:
-    x, bias = torch.randn(M, K), torch.randn(N)
-    down, up = torch.randn(R, K) / 8, torch.randn(N, R)
-    y = low_rank_linear(x, down, up, bias, activation=activation)
-    expected = low_rank_linear_reference(x, down, up, bias, activation)
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=2e-5)
-
-
-def test_low_rank_linear_refuses_a_large_rank() -> None:
-    with pytest.raises(ValueError, match=r"down: expected at most 512 rows for Triton, got 513"):
-        low_rank_linear(torch.ones(1, 4), torch.ones(513, 4), torch.ones(2, 513), None)
 
 
 def beam_inputs(B: int, W: int, V: int, terms: int) -> dict[str, Any]:
@@ -168,7 +144,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from prunelm.triton_kernels import beam_step, block_sparse_linear, low_rank_linear
+from prunelm.triton_kernels import beam_step, block_sparse_linear
 
 def ptx(kernel, capability, constants, pointers, others):
     types = {**dict.fromkeys(constants, "constexpr"), **others}
@@ -193,9 +169,6 @@ for capability in (80, 90):
         {"bn": 64, "bk": 64, "ROWS": 64, "COLS": 64, "DEPTH": 64, "HAS_BIAS": True,
          "ACTIVATION": "gelu"},
         {"*bf16": "p_x p_values p_bias p_y", "*i32": "p_crow p_col"}, sizes)
-    ptx(low_rank_linear._kernel, capability,
-        {"ROWS": 16, "COLS": 32, "DEPTH": 32, "RANK": 64, "HAS_BIAS": False, "ACTIVATION": "none"},
-        {"*bf16": "p_x p_down p_up p_bias p_y"}, sizes)
 options = {"TEMPERATURE": 1.0, "PENALTY": 0.0, "TERMS": 1, "SILENT": (0,), "WEIGH_BLANK": False,
            "HAS_SLOT": True, "HAS_REWARD": False, "BEAM": 4, "PRUNE": "late"}
 found = {"*fp32": "p_score p_logits p_reward p_high p_log_sum p_total p_parts",
@@ -217,8 +190,8 @@ def test_kernels_compile_to_tensor_core_instructions(tmp_path: Any) -> None:
     )
     assert result.returncode == 0, result.stderr[-2000:]
     kernels = result.stdout.split("KERNEL ")[1:]
-    assert len(kernels) == 6
-    wanted = [r"mma\.sync.*bf16", r"mma\.sync.*bf16", r"wgmma\.mma_async.*bf16", r"mma\.sync.*bf16"]
+    assert len(kernels) == 4
+    wanted = [r"mma\.sync.*bf16", r"wgmma\.mma_async.*bf16"]
     for kernel, instruction in zip(kernels, wanted, strict=False):
         head = kernel.split("\n", 1)[0]
         assert re.search(instruction, kernel), f"{head}: no {instruction}"
