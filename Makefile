@@ -1,6 +1,7 @@
 # make test   sets up .venv, builds, checks style and types, runs the tests
 # make demo   sets up .venv, builds, runs the demo and writes runs/demo/report.html
 # make sanitize  the C++ under AddressSanitizer and UndefinedBehaviorSanitizer, on the tests' shapes
+# make gpu-check  builds, tests, sanitizes and measures the GPU kernels, with PYTHON as it is
 # make bench  each op beside torch, against this device's committed results; instruction counts
 # PYTHON=...  which Python makes the environment (3.11 or later)
 # TORCH=...   what pip installs as torch, for example a CPU or CUDA build of your choice
@@ -13,7 +14,7 @@ CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh
 
 SANITIZED = beam_step beam_step_direct block_sparse_linear direct direct_guards low_rank_linear prefix_tree rnnt_loss tree_attention
 
-.PHONY: build demo test lint sanitize bench clean
+.PHONY: build demo test lint sanitize gpu-check bench clean
 
 # torch comes first and alone: the extension is compiled against it, and no later requirement may
 # replace it.
@@ -46,6 +47,9 @@ sanitize: build
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive PYTHONPATH=build/sanitize/lib \
 	$(BIN)/pytest -q -m "not slow" $(SANITIZED:%=tests/test_%.py)
+
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py
 
 bench: build
 	$(BIN)/pytest -q benchmarks/test_speed.py

@@ -3,7 +3,8 @@
     python -m prunelm.benchmarks.goals [DEVICE]
 
 The goals are ours: about what a processor's arithmetic and caches allow, one thread, float32. What
-`prunelm bench kernels --full --save` has not measured yet is shown as "-".
+`prunelm bench kernels --full --save` has not measured yet is shown as "-". For an NVIDIA card, a
+name that begins with "nvidia-", they are those of gpu_goals.py.
 """
 
 import argparse
@@ -242,6 +243,11 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("device", nargs="?", help="a file in results/; this device's if not given")
     options = parser.parse_args(words)
+    if (options.device or "").startswith("nvidia-"):
+        from prunelm.benchmarks import gpu_goals
+
+        print(gpu_goals.text(gpu_goals.load(RESULTS, options.device)))
+        return
     path = RESULTS / f"{options.device or device()}.json"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in RESULTS.glob("*-*.json")))

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prunelm.benchmarks.gpu_goals import GOALS, shown
+from prunelm.benchmarks.gpu_goals import steps as steps_of
 from prunelm.data.files import replace_file
 from prunelm.study.machine import one_line
 from prunelm.study.plots import COLORS, MARKERS, PLOTS, STYLE, svg
@@ -90,7 +92,36 @@ def kernels(devices: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n\n".join(part for name in devices for part in _device(name, devices[name]) if part)
 
 
+def gpu(found: Mapping[str, Any]) -> list[str]:
+    """What a card's kernels reach beside what they are to reach, and a model's steps."""
+    first = next(iter(found.values()))
+    goals = [shown(goal) for goals_of in GOALS for goal in goals_of(found)]
+    rows = [
+        [goal["what"], *(_number(goal[name]) for name in ("asked", "warm", "cold"))]
+        for goal in goals
+        if goal["cases"]
+    ]
+    heading = ["bfloat16, 4096 x 4096", "asked", "data in the L2", "not in it"]
+    about = f"Speed over torch's best: {first['machine']}; commit {first['commit']}."
+    parts = [f"{about}\n\n{markdown(heading, rows)}"] if rows else []
+    steps = [
+        [row["model"], *(_number(row[name]) for name in ("us", "roof_us", "eager_us"))]
+        for row in steps_of(found)
+        if row["rows"] == 32
+    ]
+    if steps:
+        heading = ["a step of 32 rows, us", "as one graph", "sum of rooflines", "eager"]
+        parts.append(markdown(heading, steps))
+    return parts
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _device(name: str, found: Mapping[str, Any]) -> list[str]:
+    if name.startswith("nvidia-"):
+        return gpu(found) if found else []
     blocks = found.get("block_sparse_linear, 1 threads")
     ranks = found.get("low_rank_linear, 1 threads")
     decoding = found.get("decoding, 1 threads")

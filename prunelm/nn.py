@@ -1,7 +1,7 @@
 """Modules over the linear ops, and `accelerate`, which puts them where they win."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from torch.compiler import is_compiling
 import prunelm._C
 from prunelm import ops
 from prunelm.ops.activation import activation_code
+from prunelm.ops.backend import GPU_DTYPES
 from prunelm.ops.break_even import block_sparse_us, dense_us, low_rank_blocks_us
+from prunelm.ops.gpu_break_even import Card, best_block, card_of, product_wins
 from prunelm.sparse import BlockSparse
 
 
@@ -79,11 +81,13 @@ class BlockSparseLinear(nn.Module):
     Attributes:
         values: [nnz, bn, bk], bn fastest in memory; the parameter.
         crow, col: int32 buffers, where the blocks stand; see `BlockSparse`.
+        schedule: what GPU kernels look up, made from crow and col; None on a CPU. It is not saved.
         bias: [N] or None.
     """
 
     crow: Tensor
     col: Tensor
+    schedule: Tensor | None
 
     def __init__(
         self, weight: BlockSparse, bias: Tensor | None = None, activation: str | None = None
@@ -95,6 +99,7 @@ class BlockSparseLinear(nn.Module):
         self.values = nn.Parameter(weight.values.detach())
         self.register_buffer("crow", weight.crow)
         self.register_buffer("col", weight.col)
+        self.register_buffer("schedule", weight.schedule, persistent=False)
         self.bias: nn.Parameter | None
         if bias is not None:
             self.bias = nn.Parameter(bias.detach())
@@ -113,7 +118,7 @@ class BlockSparseLinear(nn.Module):
     def weight(self) -> BlockSparse:
         """A view on the module's tensors."""
         shape = (self.out_features, self.in_features)
-        return BlockSparse(self.values, self.crow, self.col, shape)
+        return BlockSparse(self.values, self.crow, self.col, shape, self.schedule)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
@@ -145,6 +150,19 @@ class BlockSparseLinear(nn.Module):
                 self.values.data = self.values.new_empty(nnz, bk, bn).transpose(1, 2)
                 self.col = self.col.new_empty(nnz)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._reschedule()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BlockSparseLinear":
+        """Move the module, and make a schedule where it comes to a GPU."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if (self.schedule is not None) != (self.crow.device.type == "cuda"):
+            self._reschedule()
+        return self
+
+    def _reschedule(self) -> None:
+        self.schedule = None
+        if self.crow.device.type == "cuda":
+            self.schedule = self.weight.scheduled().schedule
 
     def extra_repr(self) -> str:
         """Sizes, as nn.Linear shows its own."""
@@ -234,18 +252,19 @@ def accelerate(
     Zero blocks are found in the weights themselves: an nn.Linear with enough of them becomes a
     `BlockSparseLinear`, with the block of `BLOCKS` that promises most; a `LowRankLinear` has its
     factors laid out for the kernels or, where they cost more than their product, becomes that
-    product. Predictions are for CPU and one thread; what lies elsewhere is copied as it is. The
-    copy is for inference: its parameters need no gradient, and its state dict is not the model's.
+    product. Predictions are for one thread where a module lies on the CPU, for its card where it
+    lies on a GPU. The copy is for inference: its parameters need no gradient, and its state dict is
+    not the model's.
 
-    Dense linears go through the same op, as one block per 16 outputs, unless that is predicted to
-    be slower. With all linears there, a row's result does not depend on how many rows are computed
-    with it, bit for bit, which torch's own linear does not promise.
+    On the CPU dense linears go through the same op, as one block per 16 outputs, unless that is
+    predicted to be slower. With all linears there, a row's result does not depend on how many rows
+    are computed with it, bit for bit, which torch's own linear does not promise.
 
     Args:
         model: any module; nn.Linear and LowRankLinear in it are looked at, subclasses are not.
         rows: the numbers of rows M to be fast for; what wins must win for each.
-        dense: True sends every dense linear through the op, False none, None those that do not lose
-            more than 3 %.
+        dense: True sends every dense linear through the op, False none, None those on the CPU that
+            do not lose more than 3 %.
 
     Raises:
         ValueError: rows is empty or holds a number below 1.
@@ -267,11 +286,48 @@ def accelerate(
 def _accelerated(module: nn.Module, rows: Sequence[int], dense: bool | None) -> nn.Module:
     """What stands for one module in the accelerated copy; the module itself where nothing wins."""
     new: nn.Module | None = None
-    if type(module) is LowRankLinear and module.down.device.type == "cpu":
-        new = _accelerated_low_rank(module, rows)
-    elif type(module) is nn.Linear and module.weight.device.type == "cpu":
-        new = _accelerated_linear(module, rows, dense)
+    if type(module) is LowRankLinear:
+        if module.down.device.type == "cpu":
+            new = _accelerated_low_rank(module, rows)
+        elif module.down.device.type == "cuda":
+            card = card_of(module.down.device.index or 0)
+            new = _multiplied_out(module, rows, card)
+    elif type(module) is nn.Linear:
+        if module.weight.device.type == "cpu":
+            new = _accelerated_linear(module, rows, dense)
+        elif module.weight.device.type == "cuda":
+            card = card_of(module.weight.device.index or 0)
+            new = _accelerated_on_gpu(module, rows, dense, card)
     return module if new is None else new.eval().requires_grad_(False)
+
+
+def _accelerated_on_gpu(
+    linear: nn.Linear, rows: Sequence[int], dense: bool | None, card: Card
+) -> nn.Module | None:
+    weight = linear.weight.detach()
+    N, K = weight.shape
+    if weight.dtype not in GPU_DTYPES:
+        return None
+    stored = {block: _stored_blocks(weight, block) for block in BLOCKS}
+    block = best_block(card, tuple(rows), N, K, stored, weight.dtype)
+    if block is not None:
+        return BlockSparseLinear.from_linear(linear, block)
+    if dense:
+        every = torch.ones(-(-N // 64), -(-K // 64), dtype=torch.bool)
+        return BlockSparseLinear.from_linear(linear, (64, 64), every)
+    return None
+
+
+def _multiplied_out(linear: LowRankLinear, rows: Sequence[int], card: Card) -> nn.Module | None:
+    """The product of the factors as a dense layer, where these would be slower."""
+    N, K, R, dtype = linear.out_features, linear.in_features, linear.rank, linear.down.dtype
+    if not product_wins(card, tuple(rows), N, K, R, dtype):
+        return None
+    product = (linear.up.detach().double() @ linear.down.detach().double()).to(dtype)
+    whole = _linear_of(product, linear.bias)
+    modules = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+    name = linear.activation
+    return whole if name is None else nn.Sequential(whole, modules[name]())
 
 
 def _accelerated_low_rank(linear: LowRankLinear, rows: Sequence[int]) -> nn.Module:

@@ -1,11 +1,11 @@
 """BlockSparse: the block-sparse weight format, a frozen view on plain tensors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-INT32_MAX = 2**31 - 1
+from prunelm.schedule import INT32_MAX, make_schedule
 
 
 @dataclass(frozen=True)
@@ -22,18 +22,24 @@ class BlockSparse:
         crow: [ceil(N / bn) + 1] int32; row i of blocks is values[crow[i]:crow[i + 1]].
         col: [nnz] int32, the column of blocks of each block, ascending in its row.
         shape: (N, K).
+        schedule: int32, what `scheduled` computes from the pattern for GPU kernels, or None: they
+            are as right without it, but each call computes it first, which takes some twenty
+            launches. It holds for this crow and col alone.
     """
 
     values: Tensor
     crow: Tensor
     col: Tensor
     shape: tuple[int, int]
+    schedule: Tensor | None = None
 
     @staticmethod
     def from_dense(
         weight: Tensor, block: tuple[int, int], mask: Tensor | None = None
     ) -> "BlockSparse":
         """The blocks of `weight` that `mask` keeps, copied; gradients flow back to `weight`.
+
+        On a GPU with a schedule.
 
         Args:
             weight: [N, K], floating.
@@ -70,7 +76,14 @@ class BlockSparse:
         crow = torch.zeros(rows + 1, dtype=torch.int32, device=weight.device)
         crow[1:] = mask.sum(1).cumsum(0)
         values = blocks[at].contiguous().transpose(1, 2)
-        return BlockSparse(values, crow, at[1].to(torch.int32), (N, K))
+        stored = BlockSparse(values, crow, at[1].to(torch.int32), (N, K))
+        return stored.scheduled() if weight.device.type == "cuda" else stored
+
+    def scheduled(self) -> "BlockSparse":
+        """The same weight with a schedule; it costs nothing where there is one."""
+        if self.schedule is not None:
+            return self
+        return replace(self, schedule=make_schedule(self.crow, self.col, self.shape, self.block))
 
     def to_dense(self) -> Tensor:
         """The weight with its zeros, [N, K]; gradients flow back to `values`."""

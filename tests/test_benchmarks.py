@@ -51,6 +51,19 @@ def test_regions_are_filled_and_the_rest_stays(elsewhere: Path) -> None:
     assert "<svg" in (elsewhere / "results" / "demo.svg").read_text()
 
 
+def test_a_card_shows_what_it_reaches_beside_what_is_asked(elsewhere: Path) -> None:
+    about = {"machine": "a card", "commit": "abc"}
+    row = {"N": 4096, "K": 4096, "block": "64x64", "sparsity": 0.75, "M": 1, "backend": "cuda"}
+    rows = [{**row, "speedup": 3.14159, "speedup_cold": 2.5}]
+    step = {"model": "dense", "rows": 32, "us": 312.4, "roof_us": 14.2, "eager_us": 2000.0}
+    found = {"block_sparse_linear": {**about, "rows": rows}, "model": {**about, "rows": [step]}}
+    (elsewhere / "results" / "nvidia-card.json").write_text(json.dumps(found))
+    readme.main([])
+    text = (elsewhere / "README.md").read_text()
+    assert "| M <= 64, 64x64, 75% zeros | 2.5 | 3.14 | 2.5 |" in text and "a card" in text
+    assert "| dense | 312 | 14.2 | 2000 |" in text and "128x128" not in text
+
+
 def test_a_device_measured_at_every_density_gets_a_plot(elsewhere: Path) -> None:
     rows = [
         {"N": 1024, "K": 1024, "block": "16x4", "sparsity": s, "M": M, "speedup": 1 / (1.1 - s)}

@@ -103,7 +103,8 @@ def test_every_goal_is_shown_whether_measured_or_not(
 
 
 def test_goals_are_read_off_committed_results(capsys: pytest.CaptureFixture[str]) -> None:
-    devices = sorted(p.stem for p in goals.RESULTS.glob("*-*.json"))
+    found = sorted(p.stem for p in goals.RESULTS.glob("*-*.json"))
+    devices = [device for device in found if not device.startswith("nvidia-")]
     assert devices
     for device in devices:
         goals.main([device])

@@ -22,7 +22,9 @@ LAYERS = [
     ["nn"],
     ["ops"],
     ["sparse"],
-    ["_C", "version", "triton_kernels"],
+    ["triton_kernels"],
+    ["schedule"],
+    ["_C", "version"],
 ]
 HEIGHT = {name: -depth for depth, names in enumerate(LAYERS) for name in names}
 APART = {"pruning.criteria", "pruning.methods", "pruning.schedulers"}

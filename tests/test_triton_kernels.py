@@ -1,7 +1,6 @@
 """The Triton kernels agree with the references in the interpreter, and compile for GPUs."""
 
 import os
-import re
 import subprocess
 import sys
 from typing import Any
@@ -13,38 +12,11 @@ pytest.importorskip("triton")
 
 from prunelm import ops
 from prunelm.ops.beam_step import beam_step_reference
-from prunelm.ops.block_sparse_linear import block_sparse_linear_reference
 from prunelm.sparse import BlockSparse
 from prunelm.triton_kernels.beam_step import beam_step
-from prunelm.triton_kernels.block_sparse_linear import block_sparse_linear
 
 # Where a mask discards it, -inf meets inf in the interpreter's numpy.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")
-
-
-@pytest.mark.parametrize(
-    "M, K, N, block, keep, activation",
-    [
-        pytest.param(1, 37, 51, (16, 4), 0.4, None, id="one-row"),
-        pytest.param(70, 33, 65, (16, 16), 0.5, "gelu", id="ragged"),
-        pytest.param(3, 13, 7, (1, 1), 0.3, "relu", id="elements"),
-        pytest.param(2, 170, 140, (140, 100), 0.6, "silu", id="blocks-beyond-a-tile"),
-        pytest.param(4, 20, 33, (7, 3), 0.0, "gelu", id="all-pruned"),
-        pytest.param(0, 8, 8, (4, 4), 0.5, None, id="no-rows"),
-    ],
-)
-def test_block_sparse_linear(
-    M: int, K: int, N: int, block: tuple[int, int], keep: float, activation: str | None
-) -> None:
-    bn, bk = block
-    mask = torch.rand(-(-N // bn), -(-K // bk)) < keep
-    weight = BlockSparse.from_dense(torch.randn(N, K), block, mask)
-    x, bias = torch.randn(M, K), torch.randn(N)
-    parts = (weight.values, weight.crow, weight.col)
-    for b in (bias, None):
-        y = block_sparse_linear(x, *parts, b, out_features=N, activation=activation)
-        expected = block_sparse_linear_reference(x, weight, b, activation)
-        torch.testing.assert_close(y, expected, rtol=1e-5, atol=2e-5)
 
 
 def beam_inputs(B: int, W: int, V: int, terms: int) -> dict[str, Any]:
@@ -144,7 +116,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from prunelm.triton_kernels import beam_step, block_sparse_linear
+from prunelm.triton_kernels import beam_step
 
 def ptx(kernel, capability, constants, pointers, others):
     types = {**dict.fromkeys(constants, "constexpr"), **others}
@@ -163,12 +135,6 @@ def ptx(kernel, capability, constants, pointers, others):
     print("KERNEL", kernel.__name__, capability, compiled.metadata.shared)
     print(compiled.asm["ptx"])
 
-sizes = dict.fromkeys("MKNR", "i32")
-for capability in (80, 90):
-    ptx(block_sparse_linear._kernel, capability,
-        {"bn": 64, "bk": 64, "ROWS": 64, "COLS": 64, "DEPTH": 64, "HAS_BIAS": True,
-         "ACTIVATION": "gelu"},
-        {"*bf16": "p_x p_values p_bias p_y", "*i32": "p_crow p_col"}, sizes)
 options = {"TEMPERATURE": 1.0, "PENALTY": 0.0, "TERMS": 1, "SILENT": (0,), "WEIGH_BLANK": False,
            "HAS_SLOT": True, "HAS_REWARD": False, "BEAM": 4, "PRUNE": "late"}
 found = {"*fp32": "p_score p_logits p_reward p_high p_log_sum p_total p_parts",
@@ -180,7 +146,7 @@ ptx(beam_step._write, 90, options, found, others)
 """
 
 
-def test_kernels_compile_to_tensor_core_instructions(tmp_path: Any) -> None:
+def test_kernels_compile(tmp_path: Any) -> None:
     """In a process of its own: what was imported for the interpreter cannot be compiled."""
     result = subprocess.run(
         [sys.executable, "-c", COMPILE],
@@ -190,10 +156,4 @@ def test_kernels_compile_to_tensor_core_instructions(tmp_path: Any) -> None:
     )
     assert result.returncode == 0, result.stderr[-2000:]
     kernels = result.stdout.split("KERNEL ")[1:]
-    assert len(kernels) == 4
-    wanted = [r"mma\.sync.*bf16", r"wgmma\.mma_async.*bf16"]
-    for kernel, instruction in zip(kernels, wanted, strict=False):
-        head = kernel.split("\n", 1)[0]
-        assert re.search(instruction, kernel), f"{head}: no {instruction}"
-        assert "cp.async" in kernel, f"{head}: no asynchronous copies"
-        assert int(head.split()[-1]) <= 99 * 1024, f"{head}: too much shared memory"
+    assert len(kernels) == 2

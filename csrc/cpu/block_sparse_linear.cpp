@@ -25,7 +25,8 @@ void forward(const BlockSparseView& weight, const MatrixView& x, const LinearRes
 
 Tensor block_sparse_linear_cpu(const Tensor& x_given, const Tensor& values, const Tensor& crow,
                                const Tensor& col, const std::optional<Tensor>& bias,
-                               int64_t out_features, int64_t activation) {
+                               int64_t out_features, int64_t activation,
+                               const std::optional<Tensor>& /*schedule*/) {
   const BlockSparseShape s =
       check_block_sparse_linear(x_given, values, crow, col, bias, out_features, activation);
   const Tensor x = x_given.is_contiguous() ? x_given : torch::stable::contiguous(x_given);
@@ -42,7 +43,8 @@ Tensor block_sparse_linear_cpu(const Tensor& x_given, const Tensor& values, cons
 }
 
 Tensor block_sparse_linear_empty_cpu(const Tensor& x, const Tensor&, const Tensor&, const Tensor&,
-                                     const std::optional<Tensor>&, int64_t out_features, int64_t) {
+                                     const std::optional<Tensor>&, int64_t out_features, int64_t,
+                                     const std::optional<Tensor>&) {
   return torch::stable::new_empty(x, result_shape(x, out_features));
 }
 

@@ -161,7 +161,7 @@ class KVCache:
             raise ValueError(f"capacity: expected at least {len(slots)}, got {capacity}")
 
         def move(x: Tensor) -> Tensor:
-            return F.pad(x.index_select(0, slots), (0, 0, 0, 0, 0, extra))
+            return F.pad(x.index_select(0, slots.to(x.device)), (0, 0, 0, 0, 0, extra))
 
         return KVCache(tuple(map(move, self.key)), tuple(map(move, self.value)), self.head)
 

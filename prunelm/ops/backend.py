@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import prunelm._C
+from prunelm.ops.gpu_break_even import block_sparse_order, card_of, low_rank_order
 
-BACKENDS = ("cpu", "cuda", "triton", "reference")  # in the order in which they are preferred
+BACKENDS = ("cpu", "cuda", "triton", "reference")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WITH_CUDA = bool(prunelm._C.build_information()["cuda"])
@@ -25,18 +26,25 @@ class Explanation:
     Attributes:
         backend: the one that runs.
         refusals: every reason for which each backend that cannot run cannot.
-        predicted_us: microseconds on one thread, from sizes alone; "dense" is
-            torch.nn.functional.linear on the weight with its zeros.
+        predicted_us: microseconds of one call, from sizes alone, on one thread of a CPU or within a
+            CUDA graph; "dense" is torch.nn.functional.linear on the weight with its zeros.
+        predicted_for: the card that the model takes a GPU for, "" on a CPU.
+        measured: those of predicted_us that come from measurements on such a card.
     """
 
     backend: str
     refusals: Mapping[str, tuple[str, ...]]
     predicted_us: Mapping[str, float]
+    predicted_for: str = ""
+    measured: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.backend} runs"]
         lines += [f"{name} cannot: {'; '.join(why)}" for name, why in self.refusals.items()]
-        lines += [f"predicted: {name} {us:.1f} us" for name, us in self.predicted_us.items()]
+        where = f" on {self.predicted_for}" if self.predicted_for else ""
+        for name, us in self.predicted_us.items():
+            how = "measured" if name in self.measured else "predicted"
+            lines.append(f"{how}{where}: {name} {us:.1f} us")
         return "\n".join(lines)
 
 
@@ -70,7 +78,8 @@ def refusals(op: str, x: Tensor, weights: Mapping[str, Tensor]) -> dict[str, tup
             reasons["cpu"].append(
                 f"{name}: expected x's {x.dtype}, or 16 bits beside float32, got {tensor.dtype}"
             )
-    if not WITH_CUDA and x.device.type == "cuda" and torch.is_grad_enabled():
+    own_gradient = op == "block_sparse_linear"  # in Triton too
+    if not (WITH_CUDA or own_gradient) and x.device.type == "cuda" and torch.is_grad_enabled():
         if any(tensor.requires_grad for tensor in tensors.values()):
             reasons["triton"].append(f"gradients of {op} need the extension built with CUDA")
     return {name: tuple(why) for name, why in reasons.items() if why}
@@ -90,9 +99,18 @@ def _widens(weight: torch.dtype, x: torch.dtype) -> bool:
 
 
 def choose(
-    op: str, device: str, x: Tensor, weights: Mapping[str, Tensor], backend: str | None
+    op: str,
+    device: str,
+    x: Tensor,
+    weights: Mapping[str, Tensor],
+    backend: str | None,
+    out_features: int = 0,
 ) -> str:
-    """The backend that runs: the one asked for, or the first that can; device is x's type.
+    """The backend that runs: the one asked for, or of those that can the one predicted to be best.
+
+    Args:
+        device: x's type.
+        weights: "values" of a block-sparse weight of so many out_features, or "down" and "up".
 
     Raises:
         ValueError: the backend asked for is unknown or cannot run; it lists every reason.
@@ -103,10 +121,23 @@ def choose(
         raise ValueError(f"backend: expected one of {BACKENDS} or None, got {backend!r}")
     why = refusals(op, x, weights)
     if backend is None:
-        return next(name for name in BACKENDS if name not in why)
+        return next(name for name in _order(x, weights, out_features) if name not in why)
     if backend in why:
         raise ValueError(f"backend: {backend} cannot run {op}: {'; '.join(why[backend])}")
     return backend
+
+
+def _order(x: Tensor, weights: Mapping[str, Tensor], out_features: int) -> tuple[str, ...]:
+    """The backends, the best first; what another device needs refuses."""
+    if x.device.type != "cuda":
+        return BACKENDS
+    card, K = card_of(x.device.index or 0), x.shape[-1]
+    M = x.numel() // max(K, 1)
+    if "values" in weights:
+        nnz, bn, bk = weights["values"].shape
+        return block_sparse_order(card, M, out_features or K, K, nnz, (bn, bk), x.dtype)
+    N, R = weights["up"].shape
+    return low_rank_order(card, M, N, K, R, x.dtype)
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:

@@ -1,6 +1,7 @@
 """Linear layer with a block-sparse weight: the contract, its reference, its gradient."""
 
 import math
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from prunelm.ops.activation import (
     activation_code,
     activation_gradient,
 )
-from prunelm.ops.backend import autocast, choose
+from prunelm.ops.backend import WITH_TRITON, autocast, choose
 from prunelm.sparse import BlockSparse
 
 _OP = torch.ops.prunelm.block_sparse_linear.default  # an overload found once saves a look-up
@@ -35,7 +36,9 @@ def block_sparse_linear(
     A row's result depends on neither M nor the number of threads, bit for bit on one backend and
     machine: a sum runs over the stored blocks in ascending order and is cut by a rule that knows
     only them. Blocks that are not stored are skipped, so that an infinity or NaN in x does not meet
-    their zeros.
+    their zeros. Triton departs from both: with TF32, and in 16 bits for bn < 8, it
+    may round otherwise for M below 64; and it takes up to 128 outputs together, so that what is not
+    finite in x meets zeros where another of their block rows stores something.
     Sums are float32 (float64 for float64), also for 16-bit dtypes. Gradients flow to x,
     weight.values and bias; values of a block past N or K get zeros.
 
@@ -44,8 +47,8 @@ def block_sparse_linear(
         weight: [N, K] blocks of x's dtype; beside float32 rows also bfloat16 or float16.
         bias: [N], x's dtype or the weight's.
         activation: None, "relu", "gelu" (exact) or "silu".
-        backend: None (chosen from device and dtypes), "cpu", "cuda", "triton" or "reference". One
-            that is named never falls back.
+        backend: None (chosen from device, dtypes and sizes), "cpu", "cuda", "triton" or
+            "reference". One that is named never falls back.
 
     Returns:
         [..., N], x's dtype; under autocast, autocast's. Its memory need not be torch's own: it can
@@ -66,12 +69,17 @@ def block_sparse_linear(
     values, device = weight.values, x.device.type
     if torch.is_autocast_enabled(device):
         x, values, bias = autocast(x, values, bias)
-    chosen = choose("block_sparse_linear", device, x, {"values": values}, backend)
+    weights = {"values": values}
+    chosen = choose("block_sparse_linear", device, x, weights, backend, weight.shape[0])
     if chosen == "reference":
         stored = BlockSparse(values, weight.crow, weight.col, weight.shape)
         return block_sparse_linear_reference(x, stored, bias, activation)
+    crow, col, schedule = weight.crow, weight.col, weight.schedule
+    learns = torch.is_grad_enabled() and (x.requires_grad or values.requires_grad)
+    if chosen == "triton" or (chosen == "cuda" and learns and WITH_TRITON):
+        schedule = weight.scheduled().schedule  # once for the call and its gradients
     run = _triton if chosen == "triton" else _OP
-    return cast(Tensor, run(x, values, weight.crow, weight.col, bias, weight.shape[0], code))
+    return cast(Tensor, run(x, values, crow, col, bias, weight.shape[0], code, schedule))
 
 
 def block_sparse_linear_reference(
@@ -80,6 +88,14 @@ def block_sparse_linear_reference(
     """block_sparse_linear in plain torch, through the dense weight."""
     bias = None if bias is None else bias.to(x.dtype)
     return activate(F.linear(x, weight.to_dense().to(x.dtype), bias), activation)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
+
+
+def _bn_fastest(values: Tensor) -> Tensor:
+    return values.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @torch.library.custom_op("prunelm::block_sparse_linear_triton", mutates_args=())
@@ -91,19 +107,56 @@ def _triton(
     bias: Tensor | None,
     out_features: int,
     activation: int,
+    schedule: Tensor | None = None,
 ) -> Tensor:
     from prunelm.triton_kernels.block_sparse_linear import block_sparse_linear as launch
 
     y: Tensor = launch(
-        x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous(),
-        values.transpose(1, 2).contiguous().transpose(1, 2),
+        _rows(x),
+        _bn_fastest(values),
         crow,
         col,
         bias,
+        schedule,
         out_features=out_features,
         activation=ACTIVATIONS[activation],
     )
     return y.view(*x.shape[:-1], out_features)
+
+
+@torch.library.custom_op("prunelm::block_sparse_linear_grad_x_triton", mutates_args=())
+def _triton_grad_x(
+    grad: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    in_features: int,
+    schedule: Tensor | None = None,
+) -> Tensor:
+    from prunelm.triton_kernels.block_sparse_linear import block_sparse_linear_grad_x as launch
+
+    out: Tensor = launch(
+        _rows(grad), _bn_fastest(values), crow, col, schedule, in_features=in_features
+    )
+    return out.view(*grad.shape[:-1], in_features)
+
+
+@torch.library.custom_op("prunelm::block_sparse_linear_grad_values_triton", mutates_args=())
+def _triton_grad_values(
+    grad: Tensor,
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    bn: int,
+    bk: int,
+    schedule: Tensor | None = None,
+) -> Tensor:
+    from prunelm.triton_kernels.block_sparse_gradient import (
+        block_sparse_linear_grad_values as launch,
+    )
+
+    out: Tensor = launch(_rows(grad), _rows(x), crow, col, schedule, block=(bn, bk))
+    return out
 
 
 @_triton.register_fake
@@ -116,51 +169,101 @@ def _fake(
     bias: Tensor | None,
     out_features: int,
     activation: int,
+    schedule: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
 
+@_triton_grad_x.register_fake
 @torch.library.register_fake("prunelm::block_sparse_linear_grad_x")
 def _fake_grad_x(
-    grad: Tensor, values: Tensor, crow: Tensor, col: Tensor, in_features: int
+    grad: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    in_features: int,
+    schedule: Tensor | None = None,
 ) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 
+@_triton_grad_values.register_fake
 @torch.library.register_fake("prunelm::block_sparse_linear_grad_values")
 def _fake_grad_values(
-    grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, bn: int, bk: int
+    grad: Tensor,
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    bn: int,
+    bk: int,
+    schedule: Tensor | None = None,
 ) -> Tensor:
     return grad.new_empty((col.shape[0], bk, bn)).transpose(1, 2)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, crow, col, bias, ctx.out_features, ctx.activation = inputs
-    ctx.save_for_backward(x, values, crow, col, bias)
+    x, values, crow, col, bias, ctx.out_features, ctx.activation, schedule = inputs
+    ctx.save_for_backward(x, values, crow, col, bias, schedule)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, values, crow, col, bias = ctx.saved_tensors
-    op = torch.ops.prunelm
+def _backward(ctx: Any, grad: Tensor, run: Any) -> tuple[Tensor | None, ...]:
+    x, values, crow, col, bias, schedule = ctx.saved_tensors
     if ctx.activation:
         # Computed again rather than kept: M * N numbers for the whole time between are dearer.
-        before = op.block_sparse_linear(x, values, crow, col, bias, ctx.out_features, 0)
+        before = run(x, values, crow, col, bias, ctx.out_features, 0, schedule)
         grad = activation_gradient(grad, before, ctx.activation)
-    # 16-bit gradients are summed in float32; float64 stays.
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    wide_grad = grad.to(wide)
-    grad_x = grad_values = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = op.block_sparse_linear_grad_x(wide_grad, values.to(wide), crow, col, x.shape[-1])
-        grad_x = grad_x.to(x.dtype)
-    if ctx.needs_input_grad[1]:
-        bn, bk = values.shape[1:]
-        grad_values = op.block_sparse_linear_grad_values(wide_grad, x.to(wide), crow, col, bn, bk)
-        grad_values = grad_values.to(values.dtype)
+    native = run is _OP and not (WITH_TRITON and x.device.type == "cuda")
+    gradients = _native_gradients if native else _triton_gradients
+    pattern = (values, crow, col, schedule)
+    grad_x, grad_values = gradients(grad, x, *pattern, ctx.needs_input_grad[:2])
+    grad_bias = None
     if ctx.needs_input_grad[4]:
-        grad_bias = wide_grad.reshape(-1, wide_grad.shape[-1]).sum(0).to(bias.dtype)
-    return grad_x, grad_values, None, None, grad_bias, None, None
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=wide).to(bias.dtype)
+    return grad_x, grad_values, None, None, grad_bias, None, None, None
 
 
-for _op in ("prunelm::block_sparse_linear", "prunelm::block_sparse_linear_triton"):
-    torch.library.register_autograd(_op, _backward, setup_context=_save)
+def _native_gradients(
+    grad: Tensor,
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    schedule: Tensor | None,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients to x and values by the compiled ops, which take 32 and 64 bits only."""
+    op = torch.ops.prunelm
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    grad = grad.to(wide)
+    grad_x = grad_values = None
+    if wanted[0]:
+        grad_x = op.block_sparse_linear_grad_x(grad, values.to(wide), crow, col, x.shape[-1])
+        grad_x = grad_x.to(x.dtype)
+    if wanted[1]:
+        bn, bk = values.shape[1:]
+        grad_values = op.block_sparse_linear_grad_values(grad, x.to(wide), crow, col, bn, bk)
+        grad_values = grad_values.to(values.dtype)
+    return grad_x, grad_values
+
+
+def _triton_gradients(
+    grad: Tensor,
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    schedule: Tensor | None,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """The same by the Triton kernels, in x's dtype with sums in float32."""
+    grad_x = grad_values = None
+    if wanted[0]:
+        grad_x = _triton_grad_x(grad, values, crow, col, x.shape[-1], schedule)
+    if wanted[1]:
+        grad_values = _triton_grad_values(grad, x, crow, col, *values.shape[1:], schedule)
+    return grad_x, grad_values
+
+
+for _name, _run in (("prunelm::block_sparse_linear", _OP), (_triton, _triton)):
+    torch.library.register_autograd(_name, partial(_backward, run=_run), setup_context=_save)

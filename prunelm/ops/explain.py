@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from prunelm.ops import gpu_break_even
 from prunelm.ops.backend import Explanation, autocast, choose, refusals
 from prunelm.ops.break_even import block_sparse_us, dense_us, low_rank_us
 from prunelm.sparse import BlockSparse
@@ -31,12 +32,44 @@ def explain(
     if torch.is_autocast_enabled(x.device.type):
         x, *cast = autocast(x, *weights.values())
         weights = dict(zip(weights, cast, strict=True))
-    dtype = next(iter(weights.values())).dtype
     M = x.numel() // max(K, 1)
+    chosen = choose(op, x.device.type, x, weights, backend, N)
+    why = refusals(op, x, weights)
+    if x.device.type == "cpu":
+        return Explanation(chosen, why, _on_cpu(weight, M, N, K, x.dtype, weights))
+    if x.device.type != "cuda":
+        return Explanation(chosen, why, {})
+    card = gpu_break_even.card_of(x.device.index or 0)
+    found = {"dense": gpu_break_even.dense_us(card, M, N, K, x.dtype)}
+    for name in ("cuda", "triton"):
+        if isinstance(weight, BlockSparse):
+            found[name] = gpu_break_even.block_sparse_us(
+                card, name, M, N, K, weight.nnz, weight.block, x.dtype
+            )
+        else:
+            R = weight[0].shape[0]
+            found[name] = gpu_break_even.low_rank_us(card, name, M, N, K, R, x.dtype)
+            found["reference"] = gpu_break_even.low_rank_us(card, "reference", M, N, K, R, x.dtype)
+    return Explanation(
+        chosen,
+        why,
+        {name: one.us for name, one in found.items()},
+        card.name,
+        tuple(name for name, one in found.items() if one.measured),
+    )
+
+
+def _on_cpu(
+    weight: BlockSparse | tuple[Tensor, Tensor],
+    M: int,
+    N: int,
+    K: int,
+    dtype: torch.dtype,
+    weights: dict[str, Tensor],
+) -> dict[str, float]:
+    stored = next(iter(weights.values())).dtype
     if isinstance(weight, BlockSparse):
-        own = block_sparse_us(M, weight.nnz, weight.block, dtype)
+        own = block_sparse_us(M, weight.nnz, weight.block, stored)
     else:
-        own = low_rank_us(M, N, K, weight[0].shape[0], dtype)
-    chosen = choose(op, x.device.type, x, weights, backend)
-    predicted = {"cpu": own, "dense": dense_us(M, N, K, x.dtype)} if x.device.type == "cpu" else {}
-    return Explanation(chosen, refusals(op, x, weights), predicted)
+        own = low_rank_us(M, N, K, weight[0].shape[0], stored)
+    return {"cpu": own, "dense": dense_us(M, N, K, dtype)}

@@ -39,7 +39,8 @@ def low_rank_linear(
     it is rounded to x's dtype, as by two linears. A row's result depends on neither M nor the
     number of threads, as for `block_sparse_linear`; for Triton, beside rounding, M < 64 and M >= 64
     may differ, since other instructions compute them. Gradients flow to all tensors; the middle is
-    computed again for them.
+    computed again for them. On a GPU, sizes at which two dense products are predicted to be faster
+    get these, unless a backend is named.
 
     Plain factors are rearranged at each call on CPU, which is most of the work at small M. For
     inference there they may be given as blocks, laid out once: `BlockSparse.from_dense(down, (16,
@@ -51,8 +52,8 @@ def low_rank_linear(
         up: [N, R], down's dtype and kind. R may be 0.
         bias: [N], x's dtype or up's.
         activation: None, "relu", "gelu" (exact) or "silu".
-        backend: None (chosen from device and dtypes), "cpu", "cuda", "triton" or "reference". One
-            that is named never falls back.
+        backend: None (chosen from device, dtypes and sizes), "cpu", "cuda", "triton" or
+            "reference". One that is named never falls back.
 
     Returns:
         [..., N], x's dtype; under autocast, autocast's.

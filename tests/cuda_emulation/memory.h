@@ -1,6 +1,8 @@
 // What the memory_<op>.cpp share: each runs an op's kernels on small odd shapes, every tensor in a
-// heap block of its exact size, for the checkers of emulated.py: ThreadSanitizer finds races,
-// AddressSanitizer what is out of bounds, memcheck also what depends on unwritten shared memory.
+// heap block of its exact size and every launcher called through `launched`, for the checkers of
+// emulated.py: ThreadSanitizer finds races, AddressSanitizer what is out of bounds, memcheck also
+// what depends on unwritten shared memory. Built by nvcc they run on a GPU, under compute-sanitizer
+// (benchmarks/gpu_check.py).
 #pragma once
 
 #include <cmath>
@@ -11,6 +13,15 @@
 #include <vector>
 
 #include "cuda/launch.h"
+#ifdef ON_DEVICE
+#include "on_device.h"
+#else
+// The launcher's error text or nullptr.
+template <typename... Parameters, typename... Arguments>
+const char* launched(const char* (*launcher)(Parameters...), const Arguments&... arguments) {
+  return launcher(arguments...);
+}
+#endif
 
 using namespace prunelm::cuda;
 

@@ -30,7 +30,7 @@ void beam_step(Prune prune) {
   op.token = token.data();
   op.parts = parts.data();
   op.bad = bad.get();
-  report("beam_step", launch_beam_step(op, DType::float32, DType::float32, nullptr), out);
+  report("beam_step", launched(launch_beam_step, op, DType::float32, DType::float32, nullptr), out);
   report("beam_step's parts", nullptr, parts);
 }
 

@@ -13,19 +13,21 @@ void block_sparse_linear() {
   const BlockSparseLinear op{
       x.data(), values.data(), crow.data(), col.data(), bias.data(), y.data(), M, K, N, bn, bk};
   report("block_sparse_linear",
-         launch_block_sparse_linear(op, DType::float32, Activation::gelu, nullptr), y);
+         launched(launch_block_sparse_linear, op, DType::float32, Activation::gelu, nullptr), y);
 
   std::vector<float> grad_x(M * K, NAN), grad_values(values.size(), NAN);
   BlockSparseGradient gradient{
       y.data(), x.data(), values.data(), crow.data(), col.data(), grad_x.data(), M, K, N, bn,
       bk,       3};
-  report("grad_x", launch_block_sparse_linear_grad_x(gradient, nullptr), grad_x);
+  report("grad_x", launched(launch_block_sparse_linear_grad_x, gradient, nullptr), grad_x);
   gradient.out = grad_values.data();
-  report("grad_values", launch_block_sparse_linear_grad_values(gradient, nullptr), grad_values);
+  report("grad_values", launched(launch_block_sparse_linear_grad_values, gradient, nullptr),
+         grad_values);
 }
 
 std::vector<__nv_bfloat16> narrow(const std::vector<float>& wide) {
   std::vector<__nv_bfloat16> out;
+  out.reserve(wide.size());  // its exact size, as all tensors here
   for (const float x : wide) out.push_back(__float2bfloat16_rn(x));
   return out;
 }
@@ -45,6 +47,8 @@ void tiles(int64_t M, int64_t K, int64_t N, int64_t bn, int64_t bk, int capabili
     }
     crow.push_back(int32_t(col.size()));
   }
+  col.shrink_to_fit();
+  crow.shrink_to_fit();
   const auto x = narrow(random(M * K)), bias = narrow(random(N));
   const auto values = narrow(random(int64_t(col.size()) * bn * bk));
   auto y = narrow(std::vector<float>(M * N, NAN));
@@ -53,7 +57,8 @@ void tiles(int64_t M, int64_t K, int64_t N, int64_t bn, int64_t bk, int capabili
   const int64_t floats = block_sparse_linear_workspace(op, DType::bfloat16);
   std::vector<float> workspace(floats, NAN);
   if (floats) op.workspace = workspace.data();
-  const char* error = launch_block_sparse_linear(op, DType::bfloat16, Activation::relu, nullptr);
+  const char* error =
+      launched(launch_block_sparse_linear, op, DType::bfloat16, Activation::relu, nullptr);
   std::vector<float> wide;
   for (const __nv_bfloat16 one : y) wide.push_back(__bfloat162float(one));
   report("tiles", error, wide);

@@ -1,6 +1,6 @@
+#include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
-#include "cuda/device.cuh"
 #include "memory.h"
 
 namespace {
@@ -8,9 +8,13 @@ namespace {
 std::vector<float> narrow(const std::vector<float>& wide, float) { return wide; }
 std::vector<__nv_bfloat16> narrow(const std::vector<float>& wide, __nv_bfloat16) {
   std::vector<__nv_bfloat16> out;
+  out.reserve(wide.size());  // its exact size, as all tensors here
   for (const float x : wide) out.push_back(__float2bfloat16_rn(x));
   return out;
 }
+
+float widen(float x) { return x; }
+float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 template <typename T>
 void low_rank_linear(const char* name, int64_t M, int64_t K, int64_t N, int64_t R) {
@@ -21,9 +25,9 @@ void low_rank_linear(const char* name, int64_t M, int64_t K, int64_t N, int64_t 
   LowRankLinear op{x.data(), down.data(), up.data(), bias.data(), y.data(), nullptr, M, K, N, R};
   std::vector<float> workspace(low_rank_linear_workspace(op, dtype), NAN);
   if (!workspace.empty()) op.workspace = workspace.data();
-  const char* error = launch_low_rank_linear(op, dtype, Activation::silu, nullptr);
+  const char* error = launched(launch_low_rank_linear, op, dtype, Activation::silu, nullptr);
   std::vector<float> wide;
-  for (const T one : y) wide.push_back(prunelm::cuda::to_float(one));
+  for (const T one : y) wide.push_back(widen(one));
   report(name, error, wide);
 }
 
@@ -42,5 +46,6 @@ int main() {
 
   cuda_emulation::largest_cluster = 0;
   low_rank_linear<float>("pair", 3, 840, 35, 11);
+  low_rank_linear<__nv_bfloat16>("pair of a rank beyond clusters", 3, 40, 35, 257);
   return ok ? 0 : 1;
 }
