@@ -70,16 +70,36 @@ def test_block_sparse_linear(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("M, K, R, N", [(1, 512, 64, 512), (77, 130, 33, 259), (0, 8, 4, 8)])
+@pytest.mark.parametrize(
+    "M, K, R, N",
+    [
+        pytest.param(1, 512, 64, 512, id="one-row"),
+        pytest.param(7, 4096, 256, 4096, id="wide"),
+        pytest.param(64, 4096, 200, 1000, id="64-rows"),
+        pytest.param(77, 130, 33, 259, id="ragged"),
+        pytest.param(16, 300, 600, 64, id="rank-600"),
+        pytest.param(300, 1024, 64, 2048, id="many-rows"),
+        pytest.param(8400, 512, 64, 256, id="one-launch"),
+        pytest.param(3, 64, 0, 40, id="rank-0"),
+        pytest.param(0, 8, 4, 8, id="no-rows"),
+    ],
+)
 def test_low_rank_linear(backend: str, dtype: torch.dtype, M: int, K: int, R: int, N: int) -> None:
     x = torch.randn(M, K, dtype=dtype, device="cuda")
-    down = torch.randn(R, K, dtype=dtype, device="cuda")
-    up = torch.randn(N, R, dtype=dtype, device="cuda")
-    y = ops.low_rank_linear(x, down, up, backend=backend)
+    down = torch.randn(R, K, dtype=dtype, device="cuda") / 8
+    up = torch.randn(N, R, dtype=dtype, device="cuda") / 8
+    bias = torch.randn(N, dtype=dtype, device="cuda")
+    y = ops.low_rank_linear(x, down, up, bias, "silu", backend=backend)
     assert y.shape == (M, N)
-    if M:
-        truth = x.double() @ down.double().T @ up.double().T
-        assert_accurate(y, x @ down.T @ up.T, truth)
+    if M == 0:
+        return
+    truth = torch.nn.functional.silu(x.double() @ down.double().T @ up.double().T + bias.double())
+    assert_accurate(y, torch.nn.functional.silu(x @ down.T @ up.T + bias), truth)
+    few = x[:40] if backend == "triton" else x  # beyond 63 rows Triton takes other instructions
+    y = ops.low_rank_linear(few, down, up, bias, "silu", backend=backend)
+    for rows in (slice(0, 1), slice(2, 3), slice(1, 12)):
+        one = ops.low_rank_linear(few[rows].clone(), down, up, bias, "silu", backend=backend)
+        assert torch.equal(one, y[rows]), "a row depends on M"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -45,8 +45,11 @@ struct LowRankLinear {
   const void* up;    // [N, R]
   const void* bias;  // [N] or nullptr
   void* y;           // [M, N]
+  float* workspace;  // as many floats as low_rank_linear_workspace says, or nullptr
   int64_t M, K, N, R;
 };
+// Floats for parts of the middle; 0 where clusters of thread blocks do without.
+int64_t low_rank_linear_workspace(const LowRankLinear& op, DType dtype);
 const char* launch_low_rank_linear(const LowRankLinear& op, DType dtype, Activation activation,
                                    void* stream);
 

@@ -18,13 +18,19 @@ Tensor low_rank_linear_cuda(const Tensor& x_given, const Tensor& down_given, con
   const OnDeviceOf device(x_given);
   const Tensor x = packed(x_given), down = packed(down_given), up = packed(up_given);
   Tensor y = empty_result(x, s.N);
-  const LowRankLinear op{
-      x.data_ptr(), down.data_ptr(), up.data_ptr(), bias ? bias->data_ptr() : nullptr,
-      y.data_ptr(), rows_of(x),      s.K,           s.N,
-      s.R};
-  check_launched(
-      "low_rank_linear",
-      launch_low_rank_linear(op, dtype_of("x", x), Activation(int(activation)), device.stream));
+  LowRankLinear op{x.data_ptr(),  down.data_ptr(),
+                   up.data_ptr(), bias ? bias->data_ptr() : nullptr,
+                   y.data_ptr(),  nullptr,
+                   rows_of(x),    s.K,
+                   s.N,           s.R};
+  const DType dtype = dtype_of("x", x);
+  std::optional<Tensor> workspace;
+  if (const int64_t size = low_rank_linear_workspace(op, dtype)) {
+    workspace = torch::stable::new_empty(x, {size}, ScalarType::Float);
+    op.workspace = static_cast<float*>(workspace->data_ptr());
+  }
+  check_launched("low_rank_linear",
+                 launch_low_rank_linear(op, dtype, Activation(int(activation)), device.stream));
   return y;
 }
 

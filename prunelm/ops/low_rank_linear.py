@@ -35,13 +35,16 @@ def low_rank_linear(
 ) -> Tensor:
     """activation((x @ down.T) @ up.T + bias), without writing the [M, R] middle to memory.
 
-    The middle stays in cache, float32 (float64 for float64) also for 16-bit dtypes. A row's result
-    depends on neither M nor the number of threads, as for `block_sparse_linear`. Gradients flow to
-    all tensors; the middle is computed again for them. On a GPU, sizes at which two dense products
-    are predicted to be faster get these, with a middle of x's dtype, unless a backend is named.
+    On CPU the middle stays in cache, float32 (float64 for float64) also for 16-bit dtypes; on GPUs
+    it is rounded to x's dtype, as by two linears. A row's result depends on neither M nor the
+    number of threads, as for `block_sparse_linear`; for Triton, beside rounding, M < 64 and M >= 64
+    may differ, since other instructions compute them. Gradients flow to all tensors; the middle is
+    computed again for them. On a GPU, sizes at which two dense products are predicted to be faster
+    get these, unless a backend is named.
 
-    Plain factors are rearranged at each call, which is most of the work at small M. For inference
-    they may be given as blocks instead, laid out once: `BlockSparse.from_dense(down, (16, K))`.
+    Plain factors are rearranged at each call on CPU, which is most of the work at small M. For
+    inference there they may be given as blocks, laid out once: `BlockSparse.from_dense(down, (16,
+    K))`. GPUs read plain factors as they are, and faster than blocks.
 
     Args:
         x: [..., K] float32, float64, bfloat16 or float16; any number of rows M, also none.
@@ -161,11 +164,17 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, down, up, bias = ctx.saved_tensors
+    flat = x.reshape(-1, x.shape[-1]).to(down.dtype)  # [M, K]
+    z = None
+    if x.is_cuda and (ctx.activation or ctx.needs_input_grad[2]):
+        z = flat @ down.T  # [M, R]
     if ctx.activation:
-        before = torch.ops.prunelm.low_rank_linear(x, down, up, bias, 0)
+        if z is not None:
+            before = F.linear(z, up, bias).view(grad.shape)
+        else:
+            before = torch.ops.prunelm.low_rank_linear(x, down, up, bias, 0)
         grad = activation_gradient(grad, before, ctx.activation)
     rows = grad.reshape(-1, grad.shape[-1]).to(up.dtype)  # [M, N]
-    flat = x.reshape(-1, x.shape[-1]).to(down.dtype)  # [M, K]
     middle = rows @ up  # [M, R]
     grad_x = grad_down = grad_up = grad_bias = None
     if ctx.needs_input_grad[0]:
@@ -173,7 +182,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[1]:
         grad_down = middle.T @ flat
     if ctx.needs_input_grad[2]:
-        grad_up = rows.T @ (flat @ down.T)
+        grad_up = rows.T @ (flat @ down.T if z is None else z)
     if ctx.needs_input_grad[3]:
         grad_bias = rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32))
         grad_bias = grad_bias.to(bias.dtype)

@@ -5,9 +5,10 @@
 using namespace prunelm::cuda;
 
 extern "C" {
-void play(int compute_capability, int multiprocessors) {
+void play(int compute_capability, int multiprocessors, int largest_cluster) {
   cuda_emulation::compute_capability = compute_capability;
   cuda_emulation::multiprocessors = multiprocessors;
+  cuda_emulation::largest_cluster = largest_cluster;
   cuda_emulation::most_shared = (compute_capability < 90 ? 163 : 227) * 1024;
 }
 
@@ -49,6 +50,9 @@ const char* block_sparse_linear_grad_x(const BlockSparseGradient* op) {
 }
 const char* block_sparse_linear_grad_values(const BlockSparseGradient* op) {
   return launch_block_sparse_linear_grad_values(*op, nullptr);
+}
+int64_t low_rank_linear_workspace(const LowRankLinear* op, int dtype) {
+  return low_rank_linear_workspace(*op, DType(dtype));
 }
 const char* low_rank_linear(const LowRankLinear* op, int dtype, int activation) {
   return launch_low_rank_linear(*op, DType(dtype), Activation(activation), nullptr);

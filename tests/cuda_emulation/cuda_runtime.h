@@ -9,11 +9,13 @@
 #include <math.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <map>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "alignment.h"
 #include "atomics.h"
@@ -52,7 +54,19 @@ namespace cuda_emulation {
 // The device that is played; tests choose.
 inline int compute_capability = 90;
 inline int multiprocessors = 132;
+inline int largest_cluster = 16;
 inline size_t most_shared = 227 * 1024;  // dynamic, of a block
+
+// Kernels may keep what they know of a device: each one that is played has a number of its own.
+inline int device_number() {
+  static std::vector<std::array<size_t, 4>> seen;
+  const std::array device{size_t(compute_capability), size_t(multiprocessors),
+                          size_t(largest_cluster), most_shared};
+  const auto at = std::find(seen.begin(), seen.end(), device);
+  if (at != seen.end()) return int(at - seen.begin());
+  seen.push_back(device);
+  return int(seen.size()) - 1;
+}
 
 // What may be had without asking.
 constexpr size_t kPlainShared = 48 * 1024;
@@ -101,7 +115,7 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = cuda_emulation::device_number();
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
@@ -165,6 +179,13 @@ inline std::string refusal(const cudaLaunchConfig_t& config, const void* kernel,
 }
 
 }  // namespace cuda_emulation
+
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* count, Kernel*, const cudaLaunchConfig_t* config) {
+  const int size = int(config->attrs[0].val.clusterDim.x);
+  *count = size <= cuda_emulation::largest_cluster ? cuda_emulation::multiprocessors / size : 0;
+  return cudaSuccess;
+}
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),

@@ -85,7 +85,7 @@ BlockSparseLinear = _structure(
 BlockSparseGradient = _structure(
     "BlockSparseGradient", "grad x values crow col out", "M K N bn bk nnz"
 )
-LowRankLinear = _structure("LowRankLinear", "x down up bias y", "M K N R")
+LowRankLinear = _structure("LowRankLinear", "x down up bias y workspace", "M K N R")
 
 
 class BeamTerm(ctypes.Structure):
@@ -135,16 +135,19 @@ class Kernels:
             getattr(self._library, name).restype = ctypes.c_char_p
             size = getattr(self._library, f"size_of_{name}")()
             assert size == ctypes.sizeof(structure), f"{name}: launch.h differs from this file"
-        self._library.block_sparse_linear_workspace.restype = ctypes.c_int64
+        for op in ("block_sparse_linear", "low_rank_linear"):
+            getattr(self._library, f"{op}_workspace").restype = ctypes.c_int64
 
     @contextmanager
-    def device(self, capability: int, multiprocessors: int) -> Iterator[None]:
+    def device(
+        self, capability: int = 90, multiprocessors: int = 132, largest_cluster: int = 16
+    ) -> Iterator[None]:
         """Plays another device; by default it is 9.0 with 132 multiprocessors."""
-        self._library.play(capability, multiprocessors)
+        self._library.play(capability, multiprocessors, largest_cluster)
         try:
             yield
         finally:
-            self._library.play(90, 132)
+            self._library.play(90, 132, 16)
 
     def launches(self) -> list[tuple[str, int, int, int, int]]:
         """Of each kernel and compute capability so far: mangled name, capability, and the most
@@ -206,8 +209,12 @@ class Kernels:
     ) -> Tensor:
         y = torch.empty(len(x), len(up), dtype=x.dtype)
         tensors = (x, down, up, bias, y)
-        op = LowRankLinear(*map(_pointer, tensors), *x.shape, *up.shape)
+        op = LowRankLinear(*map(_pointer, tensors), None, *x.shape, *up.shape)
         codes = DTYPES.index(x.dtype), ACTIVATIONS.index(activation)
+        needed = self._library.low_rank_linear_workspace(ctypes.byref(op), codes[0])
+        workspace = torch.empty(needed)
+        if needed:
+            op.workspace = workspace.data_ptr()
         self._launch("low_rank_linear", op, *codes)
         return y
 

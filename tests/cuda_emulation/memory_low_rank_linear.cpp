@@ -1,19 +1,51 @@
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
 #include "memory.h"
 
 namespace {
 
-void low_rank_linear() {
-  const int64_t M = 2, K = 35, N = 9, R = 11;
-  const auto x = random(M * K), down = random(R * K), up = random(N * R), bias = random(N);
-  std::vector<float> y(M * N, NAN);
-  const LowRankLinear op{x.data(), down.data(), up.data(), bias.data(), y.data(), M, K, N, R};
-  report("low_rank_linear",
-         launched(launch_low_rank_linear, op, DType::float32, Activation::silu, nullptr), y);
+std::vector<float> narrow(const std::vector<float>& wide, float) { return wide; }
+std::vector<__nv_bfloat16> narrow(const std::vector<float>& wide, __nv_bfloat16) {
+  std::vector<__nv_bfloat16> out;
+  out.reserve(wide.size());  // its exact size, as all tensors here
+  for (const float x : wide) out.push_back(__float2bfloat16_rn(x));
+  return out;
+}
+
+float widen(float x) { return x; }
+float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename T>
+void low_rank_linear(const char* name, int64_t M, int64_t K, int64_t N, int64_t R) {
+  const DType dtype = sizeof(T) == 4 ? DType::float32 : DType::bfloat16;
+  const auto x = narrow(random(M * K), T{}), down = narrow(random(R * K), T{});
+  const auto up = narrow(random(N * R), T{}), bias = narrow(random(N), T{});
+  auto y = narrow(std::vector<float>(M * N, NAN), T{});
+  LowRankLinear op{x.data(), down.data(), up.data(), bias.data(), y.data(), nullptr, M, K, N, R};
+  std::vector<float> workspace(low_rank_linear_workspace(op, dtype), NAN);
+  if (!workspace.empty()) op.workspace = workspace.data();
+  const char* error = launched(launch_low_rank_linear, op, dtype, Activation::silu, nullptr);
+  std::vector<float> wide;
+  for (const T one : y) wide.push_back(widen(one));
+  report(name, error, wide);
 }
 
 }  // namespace
 
 int main() {
-  low_rank_linear();
+  cuda_emulation::multiprocessors = 2;
+  low_rank_linear<float>("general", 1, 9, 3, 3500);
+
+  // One cluster of two blocks; more chunks of K than stages; more columns than have room at once.
+  cuda_emulation::largest_cluster = 2;
+  cuda_emulation::most_shared = 30 * 1024;
+  low_rank_linear<float>("cluster", 3, 644, 100, 11);
+  cuda_emulation::most_shared = 227 * 1024;
+  low_rank_linear<__nv_bfloat16>("wide cluster", 9, 136, 37, 144);
+
+  cuda_emulation::largest_cluster = 0;
+  low_rank_linear<float>("pair", 3, 840, 35, 11);
+  low_rank_linear<__nv_bfloat16>("pair of a rank beyond clusters", 3, 40, 35, 257);
   return ok ? 0 : 1;
 }

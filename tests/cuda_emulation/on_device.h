@@ -17,7 +17,7 @@
 #ifndef CUDA_EMULATION
 // What the drivers ask of an emulated GPU; a real one is as it is.
 namespace cuda_emulation {
-inline int compute_capability, multiprocessors;
+inline int compute_capability, multiprocessors, largest_cluster;
 inline size_t most_shared;
 }  // namespace cuda_emulation
 #endif

@@ -127,7 +127,8 @@ class Barrier {
   // In halves: the first says what the second has to wait for.
   int arrive() {
     const int round = round_.load(std::memory_order_relaxed);
-    if (missing_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+    if (missing_.fetch_sub(1, std::memory_order_release) == 1) {
+      missing_.load(std::memory_order_acquire);  // who is not last learns nothing by arriving
       missing_.store(count_, std::memory_order_relaxed);
       count_up(round_, std::memory_order_release);
     }
