@@ -87,21 +87,16 @@ __device__ inline void let_kernel_behind_begin() {
 #endif
 }
 
-// The current device's compute capability, as 80 for 8.0; 0 where there is none.
-inline int compute_capability() {
-  int device = 0, major = 0, minor = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  return 10 * major + minor;
-}
+template <int = 0>
+__global__ void nothing_kernel() {}
 
-// What the current device's code of a kernel was compiled for, as 80 for 8.0: a device may run what
-// an older one's PTX became, which knows nothing of clusters and early launches. 0: unknown.
-template <typename... Parameters>
-int compiled_for(void (*kernel)(Parameters...)) {
+// What the current device's code of these kernels was compiled for, as 80 for 8.0: a device may run
+// what an older one's PTX became, which knows nothing of clusters and early launches. 0: unknown.
+inline int compute_capability() {
   cudaFuncAttributes attributes{};
-  if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess) return attributes.ptxVersion;
+  if (cudaFuncGetAttributes(&attributes, nothing_kernel<>) == cudaSuccess) {
+    return attributes.ptxVersion;
+  }
   cudaGetLastError();
   return 0;
 }
@@ -137,7 +132,7 @@ const char* launch(void (*kernel)(Parameters...), const Grid& grid, void* stream
     attribute.val.clusterDim.x = unsigned(grid.cluster);
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   }
-  if (grid.early && compiled_for(kernel) >= 90) {
+  if (grid.early && compute_capability() >= 90) {
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
