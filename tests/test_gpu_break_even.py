@@ -20,6 +20,7 @@ from prunelm.nn import (
 from prunelm.ops import gpu_break_even as model
 from prunelm.ops.backend import WITH_CUDA, WITH_TRITON
 from prunelm.ops.gpu_break_even import KINDS, card_named
+from prunelm.schedule import make_schedule
 
 H100 = KINDS[9]
 BF16, FLOAT = torch.bfloat16, torch.float32
@@ -184,7 +185,11 @@ def on_card(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
 def block_sparse(N: int, K: int, nnz: int, block: int) -> BlockSparse:
     values = on_card(nnz, block, block).transpose(1, 2)
     crow, col = on_card(N // block + 1, dtype=torch.int32), on_card(nnz, dtype=torch.int32)
-    return BlockSparse(values, crow, col, (N, K))
+    # As long as that of such a pattern; on a card it cannot be computed here.
+    on_cpu = torch.empty(N // block + 1, dtype=torch.int32), torch.empty(nnz, dtype=torch.int32)
+    length = make_schedule(*on_cpu, (N, K), (block, block)).numel()
+    schedule = on_card(length, dtype=torch.int32)
+    return BlockSparse(values, crow, col, (N, K), schedule)
 
 
 needs_both = pytest.mark.skipif(
@@ -221,7 +226,7 @@ def test_the_choice_is_traced_without_asking_the_device(dynamic: bool) -> None:
         return graph.forward
 
     with FakeTensorMode():
-        weight = block_sparse(4096, 4096, 1024, 64)
+        weight = block_sparse(4096, 4096, 256, 128)
         down, up = on_card(128, 4096), on_card(4096, 128)
         torch._dynamo.reset()
         call = torch.compile(
