@@ -21,6 +21,7 @@ from prunelm.benchmarks.resources import Kernel
 
 ROOT = SOURCES.parent
 REGISTERS, THREADS = 65536, 1024  # of a multiprocessor, and the most of a block
+INSTRUCTIONS = 128 * 1024 // 16  # that the largest instruction cache holds
 
 # A line for each thing that must be so: kernel, architecture (regular expressions), and the
 # beginnings of instructions that must be there.
@@ -28,6 +29,10 @@ MUST_HAVE = [
     (r"block_sparse_tiles_kernel<__", "", "HMMA LDSM LDGSTS"),
     (r"block_sparse_tiles_kernel<__", "sm_90a", "SYNCS"),
     (r"block_sparse_tiles_kernel<.* [02]>", "sm_90a", "UCGABAR"),
+    (r"block_sparse_tiles_kernel<.* 2>", "sm_90a", "UBLKCP"),
+    (r"cluster_kernel<", "sm_90a", "LDGSTS UCGABAR"),
+    (r"(cluster|shrink|expand)_kernel<__", "", "HMMA LDSM LDGSTS"),
+    (r"(beam_step|rows)_kernel<", "", "LDGSTS"),
 ]
 MUST_NOT_HAVE = [
     ("", "", "LDL STL"),  # local memory: spills, and arrays that are indexed at run time
@@ -87,6 +92,11 @@ def test_nothing_spills_and_nothing_has_a_stack(facts: list[Kernel]) -> None:
 def registers_of_a_block(fact: Kernel, threads: int) -> int:
     """As they are handed out: to whole warps, 8 at a time to each thread."""
     return -(-fact.registers // 8) * 8 * -(-threads // 32) * 32
+
+
+def test_code_fits_into_the_instruction_cache(facts: list[Kernel]) -> None:
+    for fact in facts:
+        assert fact.instructions.total() <= INSTRUCTIONS, fact
 
 
 def test_every_kernel_can_be_launched_with_the_threads_that_it_allows(facts: list[Kernel]) -> None:

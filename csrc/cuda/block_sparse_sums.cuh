@@ -54,7 +54,7 @@ class Sums {
     }
   }
 
-  template <typename Run>
+  template <int from, int to, typename Run>
   __device__ void each(Run run) const {
     const int lane = int(threadIdx.x) % kWarp;
 #pragma unroll
@@ -62,7 +62,7 @@ class Sums {
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
 #pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
+        for (int tile = from / 8; tile < to / 8; ++tile) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             run(strip * kStrip + half * 16 + lane / 4 + i / 2 * 8, tile * 8 + lane % 4 * 2 + i % 2,
@@ -105,13 +105,13 @@ class Sums<float, kStrip, kRows> {
     }
   }
 
-  template <typename Run>
+  template <int from, int to, typename Run>
   __device__ void each(Run run) const {
     const int lane = int(threadIdx.x) % kWarp;
 #pragma unroll
     for (int strip = 0; strip < kOutputs / kStrip; ++strip) {
 #pragma unroll
-      for (int i = 0; i < kRows / kShares; ++i) {
+      for (int i = from / kShares; i < to / kShares; ++i) {
         run(strip * kStrip + lane % kStrip, row_of(lane, i), sums_[strip][i]);
       }
     }

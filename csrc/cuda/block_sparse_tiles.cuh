@@ -404,7 +404,7 @@ struct Kernel {
   __device__ void keep(const WarpSums& sums) const {
     float* to = kept() + warp * kOutputs;
     const int pitch = Layout::sums_pitch(tiles);
-    sums.each([&](int n, int m, float sum) { to[m * pitch + n] = sum; });
+    sums.template each<0, kRows>([&](int n, int m, float sum) { to[m * pitch + n] = sum; });
   }
 
   // The slice's sums for the kernel that adds slices up.
@@ -445,28 +445,46 @@ struct Kernel {
     store(static_cast<T*>(op.y) + m * op.N + n, activate(sum, activation));
   }
 
-  // The warp's [kRows, 32] of y, turned over in its ring so that neighbours in memory go together.
+  // The warp's [kRows, 32] of y, a part of the rows at a time through the warp's ring, so that
+  // neighbours in memory go together and the code for an activation is there but a few times.
   __device__ void write(const WarpSums& sums, Activation activation) const {
-    static_assert(kSliced || kRows * kOutputs * int(sizeof(T)) <= kRingBytes);
-    T* turned = reinterpret_cast<T*>(slot(0));
-    const int64_t n_warp = n0 + warp * kOutputs;
-    const auto at = [](int m, int n) { return m * kOutputs + ((n / 8 ^ m / 2 % 4) * 8 + n % 8); };
-    sums.each([&](int n, int m, float sum) {
-      if (m0 + m >= op.M) return;
-      if (op.bias && n_warp + n < op.N) sum += to_float(static_cast<const T*>(op.bias)[n_warp + n]);
-      store(turned + at(m, n), activate(sum, activation));
-    });
+    constexpr int kPart = kRingBytes / (kOutputs * int(sizeof(float)));
+    static_assert(kSliced || kRows == 2 * kPart);
+    write_rows<0, kPart>(sums, activation);
     __syncwarp();
-    for (int i = lane; i < kRows * 4; i += kWarp) {
-      const int row = i / 4;
-      const int64_t m = m0 + row, n = n_warp + i % 4 * 8;
-      if (m >= op.M || n >= op.N) continue;
-      const T* from = turned + at(row, i % 4 * 8);
-      T* to = static_cast<T*>(op.y) + m * op.N + n;
+    write_rows<kPart, kRows>(sums, activation);
+  }
+
+  template <int from, int to>
+  __device__ void write_rows(const WarpSums& sums, Activation activation) const {
+    float* turned = reinterpret_cast<float*>(slot(0));
+    // Rows 2t of a fragment fall into banks 8t.
+    const auto at = [](int m, int n) { return m * kOutputs + (n ^ m / 2 % 4 * 8); };
+    sums.template each<from, to>([&](int n, int m, float sum) { turned[at(m - from, n)] = sum; });
+    __syncwarp();
+    const int64_t n = n0 + warp * kOutputs + lane % 4 * 8;
+    if (n >= op.N) return;
+    float bias[8]{};
+    for (int j = 0; op.bias && j < 8 && n + j < op.N; ++j) {
+      bias[j] = to_float(static_cast<const T*>(op.bias)[n + j]);
+    }
+#pragma unroll 1
+    for (int row = lane / 4; row < to - from && m0 + from + row < op.M; row += kWarp / 4) {
+      T rounded[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        store(rounded + j, activate(turned[at(row, lane % 4 * 8 + j)] + bias[j], activation));
+      }
+      T* to_y = static_cast<T*>(op.y) + (m0 + from + row) * op.N + n;
       if (op.N % 8 == 0) {
-        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+        uint4 all;
+        memcpy(&all, rounded, sizeof(all));
+        *reinterpret_cast<uint4*>(to_y) = all;
       } else {
-        for (int j = 0; j < 8 && n + j < op.N; ++j) to[j] = from[j];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          if (n + j < op.N) to_y[j] = rounded[j];
+        }
       }
     }
   }
