@@ -32,7 +32,7 @@ MUST_HAVE = [
     (r"block_sparse_tiles_kernel<.* 2>", "sm_90a", "UBLKCP"),
     (r"cluster_kernel<", "sm_90a", "LDGSTS UCGABAR"),
     (r"(cluster|shrink|expand)_kernel<__", "", "HMMA LDSM LDGSTS"),
-    (r"(beam_step|rows)_kernel<", "", "LDGSTS"),
+    (r"beam_step_kernel<|rows_kernel<.*true", "", "LDGSTS"),
 ]
 MUST_NOT_HAVE = [
     ("", "", "LDL STL"),  # local memory: spills, and arrays that are indexed at run time
