@@ -291,8 +291,8 @@ struct Kernel {
     mbarrier_wait(full(here.stage), here.turn);
   }
 
+  // All lanes have read what they need: a step ends with a __syncwarp.
   __device__ void leave(const Place& here) const {
-    __syncwarp();
     uint64_t* barrier = empty(here.stage);
     if constexpr (kMode == Mode::shared) {
       if (lane < int(cluster_size())) mbarrier_arrive_at(barrier, uint32_t(lane));
@@ -395,7 +395,6 @@ struct Kernel {
       enter(here, left);
       leave(here);
     }
-    cp_async_wait<0>();
   }
 
   __device__ float* kept() const { return reinterpret_cast<float*>(shared + layout.columns); }

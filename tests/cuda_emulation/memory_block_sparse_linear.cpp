@@ -25,15 +25,21 @@ void block_sparse_linear() {
          grad_values);
 }
 
-std::vector<__nv_bfloat16> narrow(const std::vector<float>& wide) {
-  std::vector<__nv_bfloat16> out;
-  out.reserve(wide.size());  // its exact size, as all tensors here
-  for (const float x : wide) out.push_back(__float2bfloat16_rn(x));
+void convert(__nv_bfloat16& to, float from) { to = __float2bfloat16_rn(from); }
+void convert(float& to, float from) { to = from; }
+float widen(__nv_bfloat16 from) { return __bfloat162float(from); }
+float widen(float from) { return from; }
+
+template <typename T>
+std::vector<T> as(const std::vector<float>& wide) {
+  std::vector<T> out(wide.size());  // its exact size, as all tensors here
+  for (size_t i = 0; i < wide.size(); ++i) convert(out[i], wide[i]);
   return out;
 }
 
 // The kernel in tiles: `multiprocessors` says how many warps share a thread block,
 // `shared` how many chunks of x fit.
+template <typename T>
 void tiles(int64_t M, int64_t K, int64_t N, int64_t bn, int64_t bk, int capability,
            int multiprocessors, size_t shared) {
   cuda_emulation::compute_capability = capability;
@@ -49,18 +55,18 @@ void tiles(int64_t M, int64_t K, int64_t N, int64_t bn, int64_t bk, int capabili
   }
   col.shrink_to_fit();
   crow.shrink_to_fit();
-  const auto x = narrow(random(M * K)), bias = narrow(random(N));
-  const auto values = narrow(random(int64_t(col.size()) * bn * bk));
-  auto y = narrow(std::vector<float>(M * N, NAN));
+  const DType dtype = sizeof(T) == 4 ? DType::float32 : DType::bfloat16;
+  const auto x = as<T>(random(M * K)), bias = as<T>(random(N));
+  const auto values = as<T>(random(int64_t(col.size()) * bn * bk));
+  auto y = as<T>(std::vector<float>(M * N, NAN));
   BlockSparseLinear op{
       x.data(), values.data(), crow.data(), col.data(), bias.data(), y.data(), M, K, N, bn, bk};
-  const int64_t floats = block_sparse_linear_workspace(op, DType::bfloat16);
+  const int64_t floats = block_sparse_linear_workspace(op, dtype);
   std::vector<float> workspace(floats, NAN);
   if (floats) op.workspace = workspace.data();
-  const char* error =
-      launched(launch_block_sparse_linear, op, DType::bfloat16, Activation::relu, nullptr);
+  const char* error = launched(launch_block_sparse_linear, op, dtype, Activation::relu, nullptr);
   std::vector<float> wide;
-  for (const __nv_bfloat16 one : y) wide.push_back(__bfloat162float(one));
+  for (const T one : y) wide.push_back(widen(one));
   report("tiles", error, wide);
 }
 
@@ -68,10 +74,14 @@ void tiles(int64_t M, int64_t K, int64_t N, int64_t bn, int64_t bk, int capabili
 
 int main() {
   block_sparse_linear();
-  tiles(5, 136, 72, 16, 16, 90, 16, 227 * 1024);    // two warps
-  tiles(3, 1160, 40, 32, 64, 90, 132, 11 * 1024);   // 3 chunks a slice, 2 of which fit
-  tiles(3, 40, 24, 16, 16, 80, 132, 227 * 1024);    // no cluster
-  tiles(513, 200, 24, 32, 32, 80, 132, 46 * 1024);  // 4 chunks, 2 of which fit
-  tiles(513, 208, 40, 32, 32, 90, 132, 46 * 1024);  // multicast
+  constexpr size_t kAll = 227 * 1024;
+  tiles<__nv_bfloat16>(5, 136, 72, 16, 16, 90, 16, kAll);  // two warps
+  tiles<float>(9, 72, 40, 16, 8, 90, 132, kAll);           // without matrix instructions
+  tiles<__nv_bfloat16>(3, 1160, 40, 32, 64, 90, 132,
+                       11 * 1024);                         // 3 chunks a slice, 2 of which fit
+  tiles<__nv_bfloat16>(3, 40, 24, 16, 16, 80, 132, kAll);  // no cluster
+  // Two warps; 5 chunks, of which 2 fit.
+  tiles<__nv_bfloat16>(513, 264, 40, 32, 32, 80, 11, 54 * 1024);
+  tiles<__nv_bfloat16>(513, 208, 40, 32, 32, 90, 132, 46 * 1024);  // multicast
   return ok ? 0 : 1;
 }
