@@ -209,7 +209,8 @@ struct Kernel {
       if constexpr (kMode == Mode::shared) mbarrier_publish();
     }
     if constexpr (kMode == Mode::shared) {
-      cluster_sync();
+      cluster_arrive_relaxed();
+      cluster_wait();
     } else {
       __syncthreads();
     }
@@ -280,11 +281,7 @@ struct Kernel {
     if (here.chunk >= (tiles.stages + 1) / 2) {
       left.next(tiles.stages);
       if (left.chunk + tiles.stages < chunks) {
-        if constexpr (kMode == Mode::shared) {
-          mbarrier_wait_cluster(empty(left.stage), left.turn);
-        } else {
-          mbarrier_wait(empty(left.stage), left.turn);
-        }
+        mbarrier_wait(empty(left.stage), left.turn);
         fetch_x(left.chunk + tiles.stages, left.stage);
       }
     }
@@ -437,7 +434,8 @@ struct Kernel {
       const float all[4] = {sum.x, sum.y, sum.z, sum.w};
       for (int j = 0; j < 4 && n + j < op.N; ++j) put(m, n + j, all[j], activation);
     }
-    cluster_sync();  // others may still read here
+    cluster_arrive_relaxed();
+    cluster_wait();  // others may still read here
   }
 
   __device__ void put(int64_t m, int64_t n, float sum, Activation activation) const {

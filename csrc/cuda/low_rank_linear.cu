@@ -87,11 +87,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   const bool for_itself = rows * rank_rows <= kOwnSum;
   sum_parts<T, kCols>(reinterpret_cast<float*>(memory), z, warp_groups(rank_rows, kTiles),
                       rank_rows, rows, for_itself);
-  cluster_arrive();
   if (for_itself) {
+    cluster_arrive_relaxed();
     __syncthreads();
   } else {
-    cluster_wait();
+    cluster_sync();
   }
   while (n < end) {
     const int64_t here = n + plan.batch < end ? n + plan.batch : end;
