@@ -443,28 +443,46 @@ struct Kernel {
     store(static_cast<T*>(op.y) + m * op.N + n, activate(sum, activation));
   }
 
-  // The warp's [kRows, 32] of y, turned over in its ring so that neighbours in memory go together.
+  // The warp's [kRows, 32] of y, in two halves.
   __device__ void write(const WarpSums& sums, Activation activation) const {
-    static_assert(kSliced || kRows * kOutputs * int(sizeof(T)) <= kRingBytes);
-    T* turned = reinterpret_cast<T*>(slot(0));
-    const int64_t n_warp = n0 + warp * kOutputs;
-    const auto at = [](int m, int n) { return m * kOutputs + ((n / 8 ^ m / 2 % 4) * 8 + n % 8); };
-    sums.each([&](int n, int m, float sum) {
-      if (m0 + m >= op.M) return;
-      if (op.bias && n_warp + n < op.N) sum += to_float(static_cast<const T*>(op.bias)[n_warp + n]);
-      store(turned + at(m, n), activate(sum, activation));
-    });
+    write_rows<0>(sums, activation);
     __syncwarp();
-    for (int i = lane; i < kRows * 4; i += kWarp) {
-      const int row = i / 4;
-      const int64_t m = m0 + row, n = n_warp + i % 4 * 8;
+    write_rows<kRows / 2>(sums, activation);
+  }
+
+  // Half of the rows, turned over in the warp's ring: neighbours in memory go together, and the
+  // activation is compiled for 8 sums, not for all of a thread's, which no instruction cache holds.
+  template <int kFrom>
+  __device__ void write_rows(const WarpSums& sums, Activation activation) const {
+    constexpr int kHalf = kRows / 2;
+    static_assert(kHalf * kOutputs * int(sizeof(float)) <= kRingBytes);
+    float* const turned = reinterpret_cast<float*>(slot(0));
+    const auto at = [turned](int row, int eighth) {
+      return turned + row * kOutputs + (eighth ^ row / 2 % 4) * 8;
+    };
+    sums.template each<kFrom, kFrom + kHalf>(
+        [&](int n, int m, float sum) { at(m - kFrom, n / 8)[n % 8] = sum; });
+    __syncwarp();
+#pragma unroll 1
+    for (int i = lane; i < kHalf * 4; i += kWarp) {
+      const int64_t m = m0 + kFrom + i / 4, n = n0 + warp * kOutputs + i % 4 * 8;
       if (m >= op.M || n >= op.N) continue;
-      const T* from = turned + at(row, i % 4 * 8);
-      T* to = static_cast<T*>(op.y) + m * op.N + n;
+      const float* const from = at(i / 4, i % 4);
+      alignas(16) T out[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        float sum = from[j];
+        if (op.bias && n + j < op.N) sum += to_float(static_cast<const T*>(op.bias)[n + j]);
+        store(out + j, activate(sum, activation));
+      }
+      T* const to = static_cast<T*>(op.y) + m * op.N + n;
       if (op.N % 8 == 0) {
-        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(out);
       } else {
-        for (int j = 0; j < 8 && n + j < op.N; ++j) to[j] = from[j];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          if (n + j < op.N) to[j] = out[j];
+        }
       }
     }
   }
