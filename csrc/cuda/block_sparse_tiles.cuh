@@ -9,10 +9,10 @@
 // Many rows are bound by what comes from the second-level cache, and with small blocks most of that
 // is x: neighbours in a cluster, which compute other outputs for the same rows, multicast it.
 //
-// For few rows columns are cut into kSlices, each a thread block of a cluster (or, before sm_90,
-// added up by a second kernel): the weights are what takes time, and all multiprocessors are needed
-// to fetch them. Slices depend on K and the block alone and are added in order: a row's result does
-// not depend on M.
+// For few rows columns are cut into kSlices, each a thread block of a cluster (or, where no such
+// cluster fits, added up by a second kernel): the weights are what takes time, and all
+// multiprocessors are needed to fetch them. Slices depend on K and the block alone and are added in
+// order: a row's result does not depend on M.
 #pragma once
 
 #include "cuda/async_copy.cuh"
@@ -28,7 +28,7 @@ constexpr int kRingBytes = 8192;  // weights on their way to a warp: 64 KB a blo
 constexpr int kMaxStages = 16;
 constexpr int kMaxWarps = 8;
 constexpr int kEnd = INT32_MAX;
-constexpr int kSlices = 8;   // the largest cluster that every device with clusters can run
+constexpr int kSlices = 8;   // the largest cluster that runs without asking
 constexpr int kSharers = 4;  // thread blocks of a cluster that read the same rows of x
 
 enum class Mode {
