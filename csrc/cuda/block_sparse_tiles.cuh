@@ -12,7 +12,7 @@
 // For few rows columns are cut into kSlices, each a thread block of a cluster (or, where no such
 // cluster fits, added up by a second kernel): the weights are what takes time, and all
 // multiprocessors are needed to fetch them. Slices depend on K and the block alone and are added in
-// order: a row's result does not depend on M.
+// order: among few rows, a row's result does not depend on M.
 #pragma once
 
 #include "cuda/async_copy.cuh"
@@ -432,15 +432,33 @@ struct Kernel {
         sum = {sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w};
       }
       const float all[4] = {sum.x, sum.y, sum.z, sum.w};
-      for (int j = 0; j < 4 && n + j < op.N; ++j) put(m, n + j, all[j], activation);
+      put<4>(m, n, all, activation);
     }
     cluster_arrive_relaxed();
     cluster_wait();  // others may still read here
   }
 
-  __device__ void put(int64_t m, int64_t n, float sum, Activation activation) const {
-    if (op.bias) sum += to_float(static_cast<const T*>(op.bias)[n]);
-    store(static_cast<T*>(op.y) + m * op.N + n, activate(sum, activation));
+  // Finishes neighbours in a row of y from their sums, those before N; n is a multiple of kCount.
+  template <int kCount>
+  __device__ void put(int64_t m, int64_t n, const float* sums, Activation activation) const {
+    struct alignas(kCount * sizeof(T)) Piece {
+      T at[kCount];
+    } out;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      float sum = sums[j];
+      if (op.bias && n + j < op.N) sum += to_float(static_cast<const T*>(op.bias)[n + j]);
+      store(&out.at[j], activate(sum, activation));
+    }
+    T* const to = static_cast<T*>(op.y) + m * op.N + n;
+    if (op.N % kCount == 0) {
+      *reinterpret_cast<Piece*>(to) = out;
+    } else {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        if (n + j < op.N) to[j] = out.at[j];
+      }
+    }
   }
 
   // The warp's [kRows, 32] of y, in two halves.
@@ -467,23 +485,7 @@ struct Kernel {
     for (int i = lane; i < kHalf * 4; i += kWarp) {
       const int64_t m = m0 + kFrom + i / 4, n = n0 + warp * kOutputs + i % 4 * 8;
       if (m >= op.M || n >= op.N) continue;
-      const float* const from = at(i / 4, i % 4);
-      alignas(16) T out[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        float sum = from[j];
-        if (op.bias && n + j < op.N) sum += to_float(static_cast<const T*>(op.bias)[n + j]);
-        store(out + j, activate(sum, activation));
-      }
-      T* const to = static_cast<T*>(op.y) + m * op.N + n;
-      if (op.N % 8 == 0) {
-        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(out);
-      } else {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          if (n + j < op.N) to[j] = out[j];
-        }
-      }
+      put<8>(m, n, at(i / 4, i % 4), activation);
     }
   }
 };
