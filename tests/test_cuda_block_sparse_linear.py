@@ -159,6 +159,22 @@ def test_without_clusters_slices_are_added_by_a_second_kernel(kernels: Kernels) 
         )
 
 
+@pytest.mark.parametrize("M", [9, 514])
+@pytest.mark.parametrize("largest", [1, 2, 4])
+def test_a_device_that_is_too_small_for_wide_clusters(
+    kernels: Kernels, M: int, largest: int
+) -> None:
+    """A device with clusters need not have 8 multiprocessors next to each other."""
+    weight = random_blocks(300, 208, (16, 16), 0.3)
+    values = weight.values.transpose(1, 2).half().contiguous().transpose(1, 2)
+    parts = (torch.randn(M, 208).half(), values, weight.crow, weight.col, torch.randn(300).half())
+    with kernels.device(largest_cluster=largest):
+        y = kernels.block_sparse_linear(*parts, out_features=300, activation="silu")
+    dense = weight.to_dense().half().double()
+    truth = activate(parts[0].double() @ dense.T + parts[4], "silu")
+    assert_accurate(y, truth, parts[0].double().abs() @ dense.abs().T + parts[4].abs())
+
+
 def test_few_multiprocessors_get_larger_tiles(kernels: Kernels) -> None:
     weight = random_blocks(300, 208, (16, 16), 0.3)
     values = weight.values.transpose(1, 2).half().contiguous().transpose(1, 2)

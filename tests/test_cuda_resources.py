@@ -124,6 +124,19 @@ def test_instructions_that_must_not(
             assert not fact.count(name), f"{fact.name} for {fact.architecture} has {name}"
 
 
+def test_no_kernel_outgrows_the_instruction_cache(facts: list[Kernel]) -> None:
+    """128 KB, of 16 bytes each; beyond them code comes from the second-level cache."""
+    sizes = {(fact.name, fact.architecture): fact.instructions.total() for fact in facts}
+    assert [(kernel, size) for kernel, size in sizes.items() if size > 8192] == []
+
+
+def test_only_barriers_of_clusters_wait_for_global_memory(facts: list[Kernel]) -> None:
+    """What has the cluster's scope elsewhere waits in every round of a loop."""
+    for fact in matching(facts, "block_sparse_tiles_kernel|cluster_kernel", "sm_90a"):
+        assert fact.count("MEMBAR.ALL.GPU") <= fact.count("UCGABAR_ARV"), fact.name
+        assert fact.count("CCTL") <= fact.count("UCGABAR_WAIT"), fact.name
+
+
 def test_launches_of_the_emulated_tests_fit(facts: list[Kernel], kernels: Kernels) -> None:
     """Those of this session, so that only the whole suite sees all."""
     built = {(fact.name, fact.architecture): fact for fact in facts}

@@ -412,8 +412,10 @@ int64_t beam_step_workspace(const BeamStep& op, DType logits_dtype, DType score_
 const char* launch_beam_step(const BeamStep& op, DType logits_dtype, DType score_dtype,
                              void* stream) {
   if (op.B == 0) return nullptr;
-  // Places are counted in 32 bits.
-  if (op.V > INT32_MAX || op.W * min(op.W, op.V) > INT32_MAX) return "a beam or vocabulary too big";
+  // Places, of candidates and of their parts, are counted in 32 bits.
+  if (op.V > INT32_MAX || op.W * min(op.W, op.V) > INT32_MAX / (1 + op.term_count)) {
+    return "a beam or vocabulary too big";
+  }
   return with_types(logits_dtype, score_dtype,
                     [&]<typename T, typename S>(T, S) { return launch_typed<T, S>(op, stream); });
 }

@@ -133,6 +133,21 @@ int warps_of(const BlockSparseLinear& op, int64_t times) {
   return warps;
 }
 
+// The most thread blocks, 8, 4, 2 or 1, that run as a cluster with all the shared memory of their
+// multiprocessors.
+int widest_cluster() {
+  return once_a_device([] {
+    const auto kernel = tiles::block_sparse_tiles_kernel<__half, 16, 64, tiles::Mode::sliced>;
+    const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    int blocks = tiles::kSlices;
+    while (blocks > 1 &&
+           clusters_at_once(kernel, {blocks, dim3{tiles::kMaxWarps * kWarp}, most, blocks}) == 0) {
+      blocks /= 2;
+    }
+    return blocks;
+  });
+}
+
 tiles::Mode mode_of(const BlockSparseLinear& op, int64_t size) {
   // float32 is bound by its multiply-adds: it stays sliced however many rows there are.
   if (size == 4 || op.M <= kMostSlicedRows) return tiles::Mode::sliced;
@@ -140,7 +155,7 @@ tiles::Mode mode_of(const BlockSparseLinear& op, int64_t size) {
   const int warps = warps_of(op, ceil_div(op.M, kUnslicedRows));
   const bool several = op.N > warps * tiles::kOutputs,
              whole_steps = op.K * size % tiles::kStepBytes == 0;
-  return several && whole_steps ? tiles::Mode::shared : tiles::Mode::sliced;
+  return several && whole_steps && widest_cluster() > 1 ? tiles::Mode::shared : tiles::Mode::sliced;
 }
 
 template <typename T, int kStrip, int kRows, tiles::Mode kMode>
@@ -162,7 +177,7 @@ const char* launch_tiles(const BlockSparseLinear& op, Activation activation, voi
   Grid grid{row_tiles * groups * slices, dim3{unsigned(plan.warps) * kWarp}, bytes()};
   if (kSliced && !op.workspace) grid.cluster = slices;
   if (kMode == tiles::Mode::shared) {
-    grid.cluster = int(std::min<int64_t>(groups, tiles::kSharers));
+    grid.cluster = int(std::min<int64_t>(groups, std::min(tiles::kSharers, widest_cluster())));
     grid.blocks = row_tiles * ceil_div(groups, grid.cluster) * grid.cluster;
   }
   const char* error = launch(tiles::block_sparse_tiles_kernel<T, kStrip, kRows, kMode>, grid,
@@ -193,7 +208,7 @@ const char* launch_tiles(const BlockSparseLinear& op, Activation activation, voi
 
 int64_t block_sparse_linear_workspace(const BlockSparseLinear& op, DType dtype) {
   const int64_t size = dtype == DType::float32 ? 4 : 2;
-  if (compute_capability() >= 90 || !takes_tiles(op, dtype)) return 0;
+  if (!takes_tiles(op, dtype) || widest_cluster() == tiles::kSlices) return 0;
   if (mode_of(op, size) != tiles::Mode::sliced) return 0;
   return tiles::kSlices * op.M * op.N;
 }

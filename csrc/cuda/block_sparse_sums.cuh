@@ -54,7 +54,8 @@ class Sums {
     }
   }
 
-  template <int from, int to, typename Run>
+  // Those of rows [kFrom, kTo), multiples of 8.
+  template <int kFrom = 0, int kTo = kRows, typename Run>
   __device__ void each(Run run) const {
     const int lane = int(threadIdx.x) % kWarp;
 #pragma unroll
@@ -62,7 +63,7 @@ class Sums {
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
 #pragma unroll
-        for (int tile = from / 8; tile < to / 8; ++tile) {
+        for (int tile = kFrom / 8; tile < kTo / 8; ++tile) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             run(strip * kStrip + half * 16 + lane / 4 + i / 2 * 8, tile * 8 + lane % 4 * 2 + i % 2,
@@ -105,13 +106,13 @@ class Sums<float, kStrip, kRows> {
     }
   }
 
-  template <int from, int to, typename Run>
+  template <int kFrom = 0, int kTo = kRows, typename Run>
   __device__ void each(Run run) const {
     const int lane = int(threadIdx.x) % kWarp;
 #pragma unroll
     for (int strip = 0; strip < kOutputs / kStrip; ++strip) {
 #pragma unroll
-      for (int i = from / kShares; i < to / kShares; ++i) {
+      for (int i = kFrom / kShares; i < kTo / kShares; ++i) {
         run(strip * kStrip + lane % kStrip, row_of(lane, i), sums_[strip][i]);
       }
     }

@@ -9,10 +9,10 @@
 // Many rows are bound by what comes from the second-level cache, and with small blocks most of that
 // is x: neighbours in a cluster, which compute other outputs for the same rows, multicast it.
 //
-// For few rows columns are cut into kSlices, each a thread block of a cluster (or, before sm_90,
-// added up by a second kernel): the weights are what takes time, and all multiprocessors are needed
-// to fetch them. Slices depend on K and the block alone and are added in order: a row's result does
-// not depend on M.
+// For few rows columns are cut into kSlices, each a thread block of a cluster (or, where no such
+// cluster fits, added up by a second kernel): the weights are what takes time, and all
+// multiprocessors are needed to fetch them. Slices depend on K and the block alone and are added in
+// order: among few rows, a row's result does not depend on M.
 #pragma once
 
 #include "cuda/async_copy.cuh"
@@ -28,7 +28,7 @@ constexpr int kRingBytes = 8192;  // weights on their way to a warp: 64 KB a blo
 constexpr int kMaxStages = 16;
 constexpr int kMaxWarps = 8;
 constexpr int kEnd = INT32_MAX;
-constexpr int kSlices = 8;   // the largest cluster that every device with clusters can run
+constexpr int kSlices = 8;   // the largest cluster that runs without asking
 constexpr int kSharers = 4;  // thread blocks of a cluster that read the same rows of x
 
 enum class Mode {
@@ -209,7 +209,8 @@ struct Kernel {
       if constexpr (kMode == Mode::shared) mbarrier_publish();
     }
     if constexpr (kMode == Mode::shared) {
-      cluster_sync();
+      cluster_arrive_relaxed();
+      cluster_wait();
     } else {
       __syncthreads();
     }
@@ -280,11 +281,7 @@ struct Kernel {
     if (here.chunk >= (tiles.stages + 1) / 2) {
       left.next(tiles.stages);
       if (left.chunk + tiles.stages < chunks) {
-        if constexpr (kMode == Mode::shared) {
-          mbarrier_wait_cluster(empty(left.stage), left.turn);
-        } else {
-          mbarrier_wait(empty(left.stage), left.turn);
-        }
+        mbarrier_wait(empty(left.stage), left.turn);
         fetch_x(left.chunk + tiles.stages, left.stage);
       }
     }
@@ -403,7 +400,7 @@ struct Kernel {
   __device__ void keep(const WarpSums& sums) const {
     float* to = kept() + warp * kOutputs;
     const int pitch = Layout::sums_pitch(tiles);
-    sums.template each<0, kRows>([&](int n, int m, float sum) { to[m * pitch + n] = sum; });
+    sums.each([&](int n, int m, float sum) { to[m * pitch + n] = sum; });
   }
 
   // The slice's sums for the kernel that adds slices up.
@@ -434,57 +431,60 @@ struct Kernel {
         sum = {sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w};
       }
       const float all[4] = {sum.x, sum.y, sum.z, sum.w};
-      for (int j = 0; j < 4 && n + j < op.N; ++j) put(m, n + j, all[j], activation);
+      put<4>(m, n, all, activation);
     }
-    cluster_sync();  // others may still read here
+    cluster_arrive_relaxed();
+    cluster_wait();  // others may still read here
   }
 
-  __device__ void put(int64_t m, int64_t n, float sum, Activation activation) const {
-    if (op.bias) sum += to_float(static_cast<const T*>(op.bias)[n]);
-    store(static_cast<T*>(op.y) + m * op.N + n, activate(sum, activation));
+  // Finishes neighbours in a row of y from their sums, those before N; n is a multiple of kCount.
+  template <int kCount>
+  __device__ void put(int64_t m, int64_t n, const float* sums, Activation activation) const {
+    struct alignas(kCount * sizeof(T)) Piece {
+      T at[kCount];
+    } out;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      float sum = sums[j];
+      if (op.bias && n + j < op.N) sum += to_float(static_cast<const T*>(op.bias)[n + j]);
+      store(&out.at[j], activate(sum, activation));
+    }
+    T* const to = static_cast<T*>(op.y) + m * op.N + n;
+    if (op.N % kCount == 0) {
+      *reinterpret_cast<Piece*>(to) = out;
+    } else {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        if (n + j < op.N) to[j] = out.at[j];
+      }
+    }
   }
 
-  // The warp's [kRows, 32] of y, a part of the rows at a time through the warp's ring, so that
-  // neighbours in memory go together and the code for an activation is there but a few times.
+  // The warp's [kRows, 32] of y, in two halves.
   __device__ void write(const WarpSums& sums, Activation activation) const {
-    constexpr int kPart = kRingBytes / (kOutputs * int(sizeof(float)));
-    static_assert(kSliced || kRows == 2 * kPart);
-    write_rows<0, kPart>(sums, activation);
+    write_rows<0>(sums, activation);
     __syncwarp();
-    write_rows<kPart, kRows>(sums, activation);
+    write_rows<kRows / 2>(sums, activation);
   }
 
-  template <int from, int to>
+  // Half of the rows, turned over in the warp's ring: neighbours in memory go together, and the
+  // activation is compiled for 8 sums, not for all of a thread's, which no instruction cache holds.
+  template <int kFrom>
   __device__ void write_rows(const WarpSums& sums, Activation activation) const {
-    float* turned = reinterpret_cast<float*>(slot(0));
-    // Rows 2t of a fragment fall into banks 8t.
-    const auto at = [](int m, int n) { return m * kOutputs + (n ^ m / 2 % 4 * 8); };
-    sums.template each<from, to>([&](int n, int m, float sum) { turned[at(m - from, n)] = sum; });
+    constexpr int kHalf = kRows / 2;
+    static_assert(kHalf * kOutputs * int(sizeof(float)) <= kRingBytes);
+    float* const turned = reinterpret_cast<float*>(slot(0));
+    const auto at = [turned](int row, int eighth) {
+      return turned + row * kOutputs + (eighth ^ row / 2 % 4) * 8;
+    };
+    sums.template each<kFrom, kFrom + kHalf>(
+        [&](int n, int m, float sum) { at(m - kFrom, n / 8)[n % 8] = sum; });
     __syncwarp();
-    const int64_t n = n0 + warp * kOutputs + lane % 4 * 8;
-    if (n >= op.N) return;
-    float bias[8]{};
-    for (int j = 0; op.bias && j < 8 && n + j < op.N; ++j) {
-      bias[j] = to_float(static_cast<const T*>(op.bias)[n + j]);
-    }
 #pragma unroll 1
-    for (int row = lane / 4; row < to - from && m0 + from + row < op.M; row += kWarp / 4) {
-      T rounded[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        store(rounded + j, activate(turned[at(row, lane % 4 * 8 + j)] + bias[j], activation));
-      }
-      T* to_y = static_cast<T*>(op.y) + (m0 + from + row) * op.N + n;
-      if (op.N % 8 == 0) {
-        uint4 all;
-        memcpy(&all, rounded, sizeof(all));
-        *reinterpret_cast<uint4*>(to_y) = all;
-      } else {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          if (n + j < op.N) to_y[j] = rounded[j];
-        }
-      }
+    for (int i = lane; i < kHalf * 4; i += kWarp) {
+      const int64_t m = m0 + kFrom + i / 4, n = n0 + warp * kOutputs + i % 4 * 8;
+      if (m >= op.M || n >= op.N) continue;
+      put<8>(m, n, at(i / 4, i % 4), activation);
     }
   }
 };

@@ -39,6 +39,13 @@ __device__ inline void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 #endif
 }
+// Arrives for those who only wait until it has gone so far, as who has used all that it reads of
+// others: what it wrote is not made seen, which takes as long as a write to global memory.
+__device__ inline void cluster_arrive_relaxed() {
+#if PRUNELM_CLUSTERS
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
 __device__ inline void cluster_wait() {
 #if PRUNELM_CLUSTERS
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -64,7 +71,8 @@ __device__ T* map_shared(T* own, uint32_t rank) {
 #endif
 }
 
-// Makes mbarriers that this thread has set up known to the cluster; a cluster_sync follows.
+// Makes mbarriers that this thread has set up known to the cluster; a barrier of the cluster
+// follows, to which it may arrive relaxed.
 __device__ inline void mbarrier_publish() {
 #if PRUNELM_CLUSTERS
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -80,31 +88,17 @@ __device__ inline void mbarrier_arrive_expecting(uint64_t* barrier, uint32_t byt
 #endif
 }
 
-// Arrives at the same barrier of block `rank`.
+// Arrives at the same barrier of block `rank`, to say that memory has been read. It has the scope
+// of the own block, as CUTLASS's arrivals at other blocks: with the cluster's, which who publishes
+// what it wrote needs, the compiler waits for all of the thread's accesses to global memory first.
 __device__ inline void mbarrier_arrive_at(uint64_t* barrier, uint32_t rank) {
 #if PRUNELM_CLUSTERS
   const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
   asm volatile(
       "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; "
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(at),
+      "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(at),
       "r"(rank)
       : "memory");
-#endif
-}
-
-// mbarrier_wait for arrivals from the whole cluster.
-__device__ inline void mbarrier_wait_cluster(uint64_t* barrier, uint32_t phase) {
-#if PRUNELM_CLUSTERS
-  const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
-  uint32_t done = 0;
-  while (!done) {
-    asm volatile(
-        "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; "
-        "selp.u32 %0, 1, 0, p; }"
-        : "=r"(done)
-        : "r"(at), "r"(phase & 1)
-        : "memory");
-  }
 #endif
 }
 

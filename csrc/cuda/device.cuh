@@ -7,6 +7,8 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <map>
+#include <mutex>
 
 #include "cuda/launch.h"
 
@@ -70,8 +72,8 @@ struct Grid {
   int64_t shared_bytes = 0;  // dynamic
   int cluster = 1;           // blocks a cluster (sm_90)
   // The launch may begin before the kernel ahead of it in the stream has ended, where code for
-  // sm_90 runs: the kernel
-  // calls wait_for_kernel_ahead before it reads what that one wrote, or writes what it reads.
+  // sm_90 runs: the kernel calls wait_for_kernel_ahead before it reads what that one wrote, or
+  // writes what it reads.
   bool early = false;
 };
 
@@ -90,13 +92,77 @@ __device__ inline void let_kernel_behind_begin() {
 template <int = 0>
 __global__ void nothing_kernel() {}
 
+// What `find` says of the current device, which is asked once.
+template <typename Find>
+auto once_a_device(Find find) {
+  static std::mutex mutex;
+  static std::map<int, decltype(find())> known;
+  int device = 0;
+  cudaGetDevice(&device);
+  const std::lock_guard lock(mutex);
+  const auto at = known.find(device);
+  return at != known.end() ? at->second : known[device] = find();
+}
+
 // What the current device's code of these kernels was compiled for, as 80 for 8.0: a device may run
 // what an older one's PTX became, which knows nothing of clusters and early launches. 0: unknown.
 inline int compute_capability() {
-  cudaFuncAttributes attributes{};
-  if (cudaFuncGetAttributes(&attributes, nothing_kernel<>) == cudaSuccess) {
-    return attributes.ptxVersion;
+  return once_a_device([] {
+    cudaFuncAttributes attributes{};
+    if (cudaFuncGetAttributes(&attributes, nothing_kernel<>) == cudaSuccess) {
+      return attributes.ptxVersion;
+    }
+    cudaGetLastError();
+    return 0;
+  });
+}
+
+// Asks for what the grid has beyond what any kernel may have; nullptr, or why it cannot be had.
+template <typename... Parameters>
+const char* allow(void (*kernel)(Parameters...), const Grid& grid) {
+  if (grid.shared_bytes > 48 * 1024 &&
+      (grid.shared_bytes > INT32_MAX ||
+       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                            int(grid.shared_bytes)) != cudaSuccess)) {
+    cudaGetLastError();
+    return "more shared memory than a thread block of this device can have";
   }
+  if (grid.cluster > 8 &&  // what every device with clusters can do, if it is large enough
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) !=
+          cudaSuccess) {
+    cudaGetLastError();
+    return "larger clusters of thread blocks than this device can have";
+  }
+  return nullptr;
+}
+
+inline cudaLaunchAttribute cluster_attribute(int blocks) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = unsigned(blocks);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  return attribute;
+}
+
+inline cudaLaunchConfig_t configuration(const Grid& grid, cudaLaunchAttribute* attributes) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3{unsigned(grid.blocks)};
+  config.blockDim = grid.threads;
+  config.dynamicSmemBytes = size_t(grid.shared_bytes);
+  config.attrs = attributes;
+  return config;
+}
+
+// How many clusters of the grid run at once on the current device; 0: not even one, since it, or
+// the part of it that this process has (MIG), is too small.
+template <typename... Parameters>
+int clusters_at_once(void (*kernel)(Parameters...), const Grid& grid) {
+  if (compute_capability() < 90 || allow(kernel, grid)) return 0;
+  cudaLaunchAttribute attribute = cluster_attribute(grid.cluster);
+  cudaLaunchConfig_t config = configuration(grid, &attribute);
+  config.numAttrs = 1;
+  int count = 0;
+  if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) == cudaSuccess) return count;
   cudaGetLastError();
   return 0;
 }
@@ -106,38 +172,17 @@ template <typename... Parameters, typename... Arguments>
 const char* launch(void (*kernel)(Parameters...), const Grid& grid, void* stream,
                    const Arguments&... arguments) {
   if (grid.blocks > INT32_MAX) return "more than 2^31 - 1 thread blocks";
-  cudaError_t error = cudaSuccess;
-  // What a kernel may have without asking; more, up to the device's limit, must be asked for.
-  if (grid.shared_bytes > 48 * 1024) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 int(grid.shared_bytes));
-  }
-  if (error == cudaSuccess && grid.cluster > 8) {  // what every device with clusters can do
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  }
-  if (error != cudaSuccess) {
-    cudaGetLastError();
-    return cudaGetErrorString(error);
-  }
+  if (const char* const error = allow(kernel, grid)) return error;
   cudaLaunchAttribute attributes[2]{};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3{unsigned(grid.blocks)};
-  config.blockDim = grid.threads;
-  config.dynamicSmemBytes = size_t(grid.shared_bytes);
+  cudaLaunchConfig_t config = configuration(grid, attributes);
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = attributes;
-  if (grid.cluster > 1) {
-    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = unsigned(grid.cluster);
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  }
+  if (grid.cluster > 1) attributes[config.numAttrs++] = cluster_attribute(grid.cluster);
   if (grid.early && compute_capability() >= 90) {
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
   }
-  error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();  // or torch would find it, and blame a kernel of its own
   return cudaGetErrorString(error);

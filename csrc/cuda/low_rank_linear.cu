@@ -9,8 +9,6 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
-#include <map>
-#include <mutex>
 #include <type_traits>
 
 #include "cuda/cluster.cuh"
@@ -87,11 +85,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   const bool for_itself = rows * rank_rows <= kOwnSum;
   sum_parts<T, kCols>(reinterpret_cast<float*>(memory), z, warp_groups(rank_rows, kTiles),
                       rank_rows, rows, for_itself);
-  cluster_arrive();
   if (for_itself) {
+    cluster_arrive_relaxed();
     __syncthreads();
   } else {
-    cluster_wait();
+    cluster_sync();
   }
   while (n < end) {
     const int64_t here = n + plan.batch < end ? n + plan.batch : end;
@@ -216,7 +214,6 @@ int tokens_for(int64_t M) { return M <= 8 ? 1 : M <= 16 ? 2 : M <= 32 ? 4 : 8; }
 
 // What of the current device decides.
 struct Device {
-  int processors = 0;
   int64_t shared = 0;    // bytes that a block may have
   int clusters[5] = {};  // how many of 1, 2, 4, 8 and 16 blocks with all of it run at once
   bool early = false;    // whether a kernel may be launched early
@@ -228,45 +225,20 @@ struct Device {
   }
 };
 
-int active_clusters(int blocks, int64_t shared) {
-  const auto kernel = cluster_kernel<__nv_bfloat16, 2, 8>;
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = unsigned(blocks);
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3{unsigned(blocks)};
-  config.blockDim = dim3{kThreads};
-  config.dynamicSmemBytes = size_t(shared);
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  int count = 0;
-  const bool known = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          int(shared)) == cudaSuccess &&
-                     cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed,
-                                          1) == cudaSuccess &&
-                     cudaOccupancyMaxActiveClusters(&count, kernel, &config) == cudaSuccess;
-  if (known) return count;
-  cudaGetLastError();
-  return 0;
-}
-
 Device current_device() {
-  static std::mutex mutex;
-  static std::map<int, Device> devices;
-  int number = 0;
-  cudaGetDevice(&number);
-  const std::lock_guard lock(mutex);
-  const auto found = devices.find(number);
-  if (found != devices.end()) return found->second;
-  Device device;
-  int shared = 0;
-  cudaDeviceGetAttribute(&device.processors, cudaDevAttrMultiProcessorCount, number);
-  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, number);
-  device.shared = shared;
-  device.early = compute_capability() >= 90;
-  for (int i = 0; i < 5 && device.early; ++i) device.clusters[i] = active_clusters(1 << i, shared);
-  return devices[number] = device;
+  return once_a_device([] {
+    int number = 0, shared = 0;
+    Device device;
+    cudaGetDevice(&number);
+    cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, number);
+    device.shared = shared;
+    device.early = compute_capability() >= 90;
+    for (int i = 0; i < 5; ++i) {
+      const Grid grid{1 << i, dim3{kThreads}, shared, 1 << i};
+      device.clusters[i] = clusters_at_once(cluster_kernel<__nv_bfloat16, 2, 8>, grid);
+    }
+    return device;
+  });
 }
 
 // What an H100 does in a microsecond: bytes from L2 to one block and to all, bytes of other blocks'

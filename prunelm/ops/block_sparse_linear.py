@@ -36,7 +36,8 @@ def block_sparse_linear(
     A row's result depends on neither M nor the number of threads, bit for bit on one backend and
     machine: a sum runs over the stored blocks in ascending order and is cut by a rule that knows
     only them. Blocks that are not stored are skipped, so that an infinity or NaN in x does not meet
-    their zeros. Triton departs from both: with TF32, and in 16 bits for bn < 8, it
+    their zeros. CUDA departs from the first: in 16 bits it does not cut sums for M above 512, and
+    may round otherwise there. Triton departs from both: with TF32, and in 16 bits for bn < 8, it
     may round otherwise for M below 64; and it takes up to 128 outputs together, so that what is not
     finite in x meets zeros where another of their block rows stores something.
     Sums are float32 (float64 for float64), also for 16-bit dtypes. Gradients flow to x,

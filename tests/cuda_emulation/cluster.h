@@ -16,6 +16,7 @@ inline void cluster_arrive() {
   ::cuda_emulation::Block& block = *::cuda_emulation::here.block;
   block.cluster_round[::cuda_emulation::here.number] = block.cluster.barrier.arrive();
 }
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
 inline void cluster_wait() {
   ::cuda_emulation::Block& block = *::cuda_emulation::here.block;
   block.cluster.barrier.wait(block.cluster_round[::cuda_emulation::here.number]);
@@ -43,10 +44,6 @@ inline void mbarrier_arrive_expecting(uint64_t* barrier, uint32_t bytes) {
 
 inline void mbarrier_arrive_at(uint64_t* barrier, uint32_t rank) {
   emulation::arrive(map_shared(barrier, rank));
-}
-
-inline void mbarrier_wait_cluster(uint64_t* barrier, uint32_t phase) {
-  mbarrier_wait(barrier, phase);
 }
 
 inline void copy_to_cluster(void* shared, const void* global, uint32_t bytes, uint64_t* barrier,

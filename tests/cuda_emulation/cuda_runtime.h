@@ -172,6 +172,8 @@ inline std::string refusal(const cudaLaunchConfig_t& config, const void* kernel,
   const Allowed grant = allowed[kernel];
   if (cluster > 1 && compute_capability < 90) return "a cluster below sm_90";
   if (cluster > (grant.wide_cluster ? 16 : kPlainCluster)) return "a cluster of too many blocks";
+  if (cluster > 1 && int(cluster) > largest_cluster)
+    return "a cluster of more blocks than the device has room for";
   if (config.dynamicSmemBytes > std::min(grant.shared, most_shared)) {
     return "more shared memory than was asked for";
   }
