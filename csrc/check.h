@@ -194,7 +194,6 @@ inline TreeAttentionShape check_tree_attention(const Tensor& qkv, const Tensor& 
                                                const Tensor& value) {
   check_dim("qkv", qkv, 4);
   check_size("qkv", qkv, 1, 3);
-  check_floating("qkv", qkv);
   check_dim("path", path, 2);
   const TreeAttentionShape shape{qkv.size(0), path.size(1), qkv.size(2), qkv.size(3)};
   if (shape.D < 2 || shape.D % 2) refuse("qkv", "an even head_dim", std::to_string(shape.D));
@@ -220,6 +219,12 @@ inline TreeAttentionShape check_tree_attention(const Tensor& qkv, const Tensor& 
   check_size("length", length, 0, shape.R);
   check_dtype("length", length, ScalarType::Long);
   check_contiguous("length", length);
+  return shape;
+}
+
+// What path and length hold, on the CPU.
+inline void check_tree_paths(const TreeAttentionShape& shape, const Tensor& path,
+                             const Tensor& length, const Tensor& key) {
   const auto* lengths = static_cast<const int64_t*>(length.data_ptr());
   const auto* slots = static_cast<const int64_t*>(path.data_ptr());
   for (int64_t r = 0; r < shape.R; ++r) {
@@ -233,7 +238,6 @@ inline TreeAttentionShape check_tree_attention(const Tensor& qkv, const Tensor& 
       }
     }
   }
-  return shape;
 }
 
 struct BlockSparseShape {

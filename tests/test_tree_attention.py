@@ -151,5 +151,7 @@ def test_a_slot_outside_the_pool_is_refused() -> None:
     inputs[3][1, 0] = 46
     with pytest.raises(RuntimeError, match="path: expected 0 to 45, got 46"):
         tree_attention(*inputs)
-    with pytest.raises(ValueError, match="backend: expected None, 'reference' or 'cpu', got 'gpu'"):
+    with pytest.raises(
+        ValueError, match="backend: expected None, 'reference', 'cpu' or 'cuda', got 'gpu'"
+    ):
         tree_attention(*inputs, backend="gpu")  # type: ignore[arg-type]

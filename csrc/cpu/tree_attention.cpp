@@ -57,6 +57,8 @@ void run(const TreeAttentionShape& s, const Tensor& qkv, const Tensor& cos, cons
 Tensor tree_attention_cpu(const Tensor& qkv, const Tensor& cos, const Tensor& sin,
                           const Tensor& path, const Tensor& length, Tensor key, Tensor value) {
   const TreeAttentionShape s = check_tree_attention(qkv, cos, sin, path, length, key, value);
+  check_floating("qkv", qkv);
+  check_tree_paths(s, path, length, key);
   Tensor out = torch::stable::new_empty(qkv, {s.R, s.H, s.D});
   if (s.R == 0 || s.H == 0) return out;
   if (qkv.scalar_type() == ScalarType::Float) {

@@ -53,6 +53,20 @@ int64_t low_rank_linear_workspace(const LowRankLinear& op, DType dtype);
 const char* launch_low_rank_linear(const LowRankLinear& op, DType dtype, Activation activation,
                                    void* stream);
 
+constexpr int kMostHeadDim = 512;
+struct TreeAttention {
+  const void* qkv;  // [R, 3, H, D]
+  const void* cos;  // [R, D / 2]
+  const void* sin;
+  const int64_t* path;    // [R, P]
+  const int64_t* length;  // [R]
+  void* key;              // [C, H, D]
+  void* value;
+  void* out;  // [R, H, D]
+  int64_t R, P, H, D, C;
+};
+const char* launch_tree_attention(const TreeAttention& op, DType dtype, void* stream);
+
 constexpr int kMaxTerms = 8;
 constexpr int kMaxSilent = 8;
 enum class Prune { late, early, after };

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from prunelm.ops import _library  # noqa: F401  (loads the extension)
+from prunelm.ops.backend import GPU_DTYPES, WITH_CUDA
 
-Backend = Literal["reference", "cpu"]
+Backend = Literal["reference", "cpu", "cuda"]
+MOST_HEAD_DIM = 512  # of the CUDA backend
 
 
 def tree_attention(
@@ -31,16 +33,19 @@ def tree_attention(
         out[r, h] = softmax_p(q[r, h] . key[path[r, p], h] / sqrt(D)) @ value[path[r, p], h]
 
     over p < length[r]. A row's result depends on its own path alone, bit for bit: neither on R nor
-    on P. For search: no gradient on the CPU backend; where one is wanted, the reference runs.
+    on P. Of rows with the same slot any one is stored, and each has its own key. For search: where
+    a gradient is wanted, the reference runs. The CUDA backend computes in float32, and since it
+    cannot look at indices before it runs, a row with a wrong length or slot comes out as NaN.
 
     Args:
-        qkv: [R, 3, H, D] float32 or float64 on the CPU backend, D even.
+        qkv: [R, 3, H, D], D even; float32 or float64 on the CPU backend, float32, float16 or
+            bfloat16 and D at most 512 on the CUDA backend.
         cos, sin: [R, D / 2], qkv's dtype.
-        path: [R, P] int64; what lies past a row's length is not read by the CPU backend, but must
-            be a valid slot for the reference.
+        path: [R, P] int64; what lies past a row's length is read by the reference alone, for which
+            it must be a valid slot.
         length: [R] int64, 1 to P.
         key, value: [C, H, D], qkv's dtype, contiguous; written in place.
-        backend: None (chosen), "reference" or "cpu".
+        backend: None (chosen), "reference", "cpu" or "cuda".
 
     Returns:
         [R, H, D].
@@ -49,23 +54,35 @@ def tree_attention(
         ValueError: the backend is unknown or cannot run this.
         RuntimeError: a shape, dtype or index is not as above.
     """
-    reasons = []
-    if qkv.device.type != "cpu":
-        reasons.append(f"tensors are on {qkv.device}")
-    if qkv.dtype not in (torch.float32, torch.float64):
-        reasons.append(f"qkv is {qkv.dtype}")
-    if torch.is_grad_enabled() and qkv.requires_grad:
-        reasons.append("a gradient is wanted")
-    if backend not in (None, "reference", "cpu"):
-        raise ValueError(f"backend: expected None, 'reference' or 'cpu', got {backend!r}")
-    if backend == "cpu" and reasons:
-        raise ValueError(f"backend: 'cpu' cannot run this: {'; '.join(reasons)}")
-    if backend == "reference" or reasons:
+    if backend not in (None, "reference", "cpu", "cuda"):
+        raise ValueError(f"backend: expected None, 'reference', 'cpu' or 'cuda', got {backend!r}")
+    native = backend or ("cuda" if qkv.is_cuda else "cpu")
+    if native != "reference" and (reasons := _refusals(native, qkv)):
+        if backend is not None:
+            raise ValueError(f"backend: {backend!r} cannot run this: {'; '.join(reasons)}")
+        native = "reference"
+    if native == "reference":
         return tree_attention_reference(qkv, cos, sin, path, length, key, value)
     out: Tensor = torch.ops.prunelm.tree_attention(
         qkv.contiguous(), cos.contiguous(), sin.contiguous(), path, length, key, value
     )
     return out
+
+
+def _refusals(backend: str, qkv: Tensor) -> list[str]:
+    """Why a native backend cannot run this."""
+    reasons = []
+    if qkv.device.type != backend:
+        reasons.append(f"tensors are on {qkv.device}")
+    if qkv.dtype not in (GPU_DTYPES if backend == "cuda" else (torch.float32, torch.float64)):
+        reasons.append(f"qkv is {qkv.dtype}")
+    if torch.is_grad_enabled() and qkv.requires_grad:
+        reasons.append("a gradient is wanted")
+    if backend == "cuda" and not WITH_CUDA:
+        reasons.append("the extension was built without CUDA")
+    if backend == "cuda" and qkv.shape[-1] > MOST_HEAD_DIM:
+        reasons.append(f"head_dim is {qkv.shape[-1]}")
+    return reasons
 
 
 def tree_attention_reference(

@@ -40,6 +40,7 @@ int64_t size_of_block_sparse_linear() { return sizeof(BlockSparseLinear); }
 int64_t size_of_block_sparse_linear_grad_x() { return sizeof(BlockSparseGradient); }
 int64_t size_of_block_sparse_linear_grad_values() { return sizeof(BlockSparseGradient); }
 int64_t size_of_low_rank_linear() { return sizeof(LowRankLinear); }
+int64_t size_of_tree_attention() { return sizeof(TreeAttention); }
 int64_t size_of_beam_step() { return sizeof(BeamStep); }
 
 const char* block_sparse_linear(const BlockSparseLinear* op, int dtype, int activation) {
@@ -56,6 +57,9 @@ int64_t low_rank_linear_workspace(const LowRankLinear* op, int dtype) {
 }
 const char* low_rank_linear(const LowRankLinear* op, int dtype, int activation) {
   return launch_low_rank_linear(*op, DType(dtype), Activation(activation), nullptr);
+}
+const char* tree_attention(const TreeAttention* op, int dtype) {
+  return launch_tree_attention(*op, DType(dtype), nullptr);
 }
 int64_t beam_step_workspace_bytes(const BeamStep* op, int logits_dtype, int score_dtype) {
   return beam_step_workspace(*op, DType(logits_dtype), DType(score_dtype));

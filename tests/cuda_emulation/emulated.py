@@ -87,6 +87,8 @@ BlockSparseGradient = _structure(
 )
 LowRankLinear = _structure("LowRankLinear", "x down up bias y workspace", "M K N R")
 
+TreeAttention = _structure("TreeAttention", "qkv cos sin path length key value out", "R P H D C")
+
 
 class BeamTerm(ctypes.Structure):
     _fields_ = (
@@ -130,6 +132,7 @@ class Kernels:
             ("block_sparse_linear_grad_x", BlockSparseGradient),
             ("block_sparse_linear_grad_values", BlockSparseGradient),
             ("low_rank_linear", LowRankLinear),
+            ("tree_attention", TreeAttention),
             ("beam_step", BeamStep),
         ):
             getattr(self._library, name).restype = ctypes.c_char_p
@@ -217,6 +220,24 @@ class Kernels:
             op.workspace = workspace.data_ptr()
         self._launch("low_rank_linear", op, *codes)
         return y
+
+    def tree_attention(
+        self,
+        qkv: Tensor,  # [R, 3, H, D]
+        cos: Tensor,
+        sin: Tensor,
+        path: Tensor,
+        length: Tensor,
+        key: Tensor,
+        value: Tensor,
+    ) -> Tensor:
+        """Writes key and value."""
+        (R, _, H, D), (_, P) = qkv.shape, path.shape
+        out = qkv.new_empty(R, H, D)
+        tensors = (qkv, cos, sin, path, length, key, value, out)
+        op = TreeAttention(*map(_pointer, tensors), R, P, H, D, len(key))
+        self._launch("tree_attention", op, DTYPES.index(qkv.dtype))
+        return out
 
     def beam_step(
         self,
