@@ -288,6 +288,8 @@ struct Plan {
 template <typename T, typename S>
 __global__ void __launch_bounds__(kFusedBeam* kWarp, 1)
     beam_step_kernel(const __grid_constant__ BeamStep op, const __grid_constant__ Plan plan) {
+  wait_for_kernel_ahead();
+  let_kernel_behind_begin();
   const int64_t w = threadIdx.x / kWarp;
   Carver own_shared{dynamic_shared() + w * plan.row_bytes};
   Carver shared{dynamic_shared() + op.W * plan.row_bytes};
@@ -306,7 +308,8 @@ __global__ void __launch_bounds__(kFusedBeam* kWarp, 1)
 template <typename T, typename S, bool kStaged>
 __global__ void __launch_bounds__(Bounds<T, S, kStaged>::kThreads, Bounds<T, S, kStaged>::kBlocks)
     rows_kernel(const __grid_constant__ BeamStep op, const __grid_constant__ Plan plan) {
-  let_kernel_behind_begin();  // it waits for this one's end
+  wait_for_kernel_ahead();
+  let_kernel_behind_begin();
   Carver shared{dynamic_shared()}, workspace{static_cast<unsigned char*>(op.workspace)};
   const RowMemory<T, S> memory(shared, int(blockDim.x), BlockTeam::kListed, plan.own, op.term_count,
                                plan.stage.bytes);
@@ -320,6 +323,7 @@ template <typename S>
 __global__ void __launch_bounds__(kMostMergers)
     merge_kernel(const __grid_constant__ BeamStep op, int64_t own) {
   wait_for_kernel_ahead();
+  let_kernel_behind_begin();
   Carver shared{dynamic_shared()}, workspace{static_cast<unsigned char*>(op.workspace)};
   const MergeMemory<S> memory(shared, int(blockDim.x), op.W);
   Lists<S> lists(workspace, op.B * op.W, own, op.term_count);
@@ -375,10 +379,12 @@ template <typename T, typename S>
 const char* launch_typed(const BeamStep& op, void* stream) {
   const Plan plan = plan_of<T, S>(op);
   if (plan.fused) {
-    const Grid grid{op.B, dim3{unsigned(op.W * kWarp)}, plan.shared_bytes};
+    Grid grid{op.B, dim3{unsigned(op.W * kWarp)}, plan.shared_bytes};
+    grid.early = true;
     return launch(beam_step_kernel<T, S>, grid, stream, op, plan);
   }
-  const Grid grid{op.B * op.W, dim3{unsigned(plan.threads)}, plan.shared_bytes};
+  Grid grid{op.B * op.W, dim3{unsigned(plan.threads)}, plan.shared_bytes};
+  grid.early = true;
   const char* const error = launch(plan.staged ? rows_kernel<T, S, true> : rows_kernel<T, S, false>,
                                    grid, stream, op, plan);
   if (error) return error;

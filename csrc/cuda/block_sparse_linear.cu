@@ -175,6 +175,7 @@ const char* launch_tiles(const BlockSparseLinear& op, Activation activation, voi
   while (plan.stages > 1 && bytes() > most) --plan.stages;
 
   Grid grid{row_tiles * groups * slices, dim3{unsigned(plan.warps) * kWarp}, bytes()};
+  grid.early = true;
   if (kSliced && !op.workspace) grid.cluster = slices;
   if (kMode == tiles::Mode::shared) {
     grid.cluster = int(std::min<int64_t>(groups, std::min(tiles::kSharers, widest_cluster())));

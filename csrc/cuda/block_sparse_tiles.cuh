@@ -214,6 +214,8 @@ struct Kernel {
     } else {
       __syncthreads();
     }
+    wait_for_kernel_ahead();
+    let_kernel_behind_begin();
     WarpSums sums;
     multiply(sums);
     if constexpr (kSliced) {

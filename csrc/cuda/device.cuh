@@ -82,7 +82,8 @@ __device__ inline void wait_for_kernel_ahead() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-// From here on the kernel behind may begin, if it is launched `early`.
+// From here on the kernel behind may begin, if it is launched `early`. It comes after
+// wait_for_kernel_ahead, so that all but this kernel have ended when that one begins.
 __device__ inline void let_kernel_behind_begin() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -67,6 +67,8 @@ template <typename T, int kTiles, int kCols>
 __global__ void __launch_bounds__(kThreads, 1)
     cluster_kernel(LowRankLinear op, Activation activation, Plan plan) {
 #if PRUNELM_CLUSTERS
+  wait_for_kernel_ahead();
+  let_kernel_behind_begin();
   const int64_t cluster = blockIdx.x / plan.cluster;
   const int rank_rows = plan.rank_rows, rank = int(cluster_rank());
   const Slice slice{cluster / plan.clusters * 8 * kCols, 0, rank * plan.part, plan.part, rank_rows};
@@ -115,6 +117,7 @@ struct Pair {
 // A block computes one part of [8 kCols, 16] of z.
 template <typename T, int kCols>
 __global__ void __launch_bounds__(kThreads, 1) shrink_kernel(LowRankLinear op, Pair pair) {
+  wait_for_kernel_ahead();
   let_kernel_behind_begin();
   const int64_t tiles = (op.R + kTile - 1) / kTile, i = blockIdx.x / tiles;
   const int64_t part = i % pair.parts;
@@ -148,6 +151,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   copy_up(op, up, bias, n0, pair.columns, rank_rows);
   cp_async_commit();
   wait_for_kernel_ahead();
+  let_kernel_behind_begin();
   const int rows = op.M - m0 < 8 * kCols ? int(op.M - m0) : 8 * kCols;
   for (int i = threadIdx.x; i < rows * rank_rows; i += kThreads) {
     const int m = i / rank_rows, r = i % rank_rows;
@@ -216,7 +220,6 @@ int tokens_for(int64_t M) { return M <= 8 ? 1 : M <= 16 ? 2 : M <= 32 ? 4 : 8; }
 struct Device {
   int64_t shared = 0;    // bytes that a block may have
   int clusters[5] = {};  // how many of 1, 2, 4, 8 and 16 blocks with all of it run at once
-  bool early = false;    // whether a kernel may be launched early
   int at_once(int blocks) const { return clusters[std::bit_width(unsigned(blocks)) - 1]; }
   int widest() const {
     int blocks = 16;
@@ -232,7 +235,6 @@ Device current_device() {
     cudaGetDevice(&number);
     cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, number);
     device.shared = shared;
-    device.early = compute_capability() >= 90;
     for (int i = 0; i < 5; ++i) {
       const Grid grid{1 << i, dim3{kThreads}, shared, 1 << i};
       device.clusters[i] = clusters_at_once(cluster_kernel<__nv_bfloat16, 2, 8>, grid);
@@ -340,20 +342,20 @@ bool plan_pair(const LowRankLinear& op, int64_t size, Pair& pair) {
 
 template <typename T>
 const char* launch_pair(const LowRankLinear& op, Activation activation, const Pair& pair,
-                        bool early, void* stream) {
+                        void* stream) {
   return with_tokens(pair.tokens, [&](auto tokens) {
     constexpr int kCols = decltype(tokens)::value;
     const int64_t slices = ceil_div(op.M, 8 * kCols);
     const int64_t parts = int64_t{kWarps} * 8 * kCols * part_stride(kTile) * sizeof(float);
     const int64_t ring =
         kStages * (kTile + 8 * kCols) * row_stride<T>(kDepth<T, 1>) * int64_t{sizeof(T)};
-    const Grid first{slices * ceil_div(op.R, kTile) * pair.parts, dim3{kThreads},
-                     std::max(ring, parts)};
+    Grid first{slices * ceil_div(op.R, kTile) * pair.parts, dim3{kThreads}, std::max(ring, parts)};
+    first.early = true;
     const char* error = launch(shrink_kernel<T, kCols>, first, stream, op, pair);
     if (error) return error;
     Grid second{slices * ceil_div(op.N, pair.columns), dim3{kThreads},
                 expand_bytes(op.R, sizeof(T), pair.columns, kCols)};
-    second.early = early;
+    second.early = true;
     return launch(expand_kernel<T, kCols>, second, stream, op, activation, pair);
   });
 }
@@ -363,8 +365,9 @@ const char* launch_clusters(const LowRankLinear& op, Activation activation, cons
                             void* stream) {
   return with_tokens(plan.tokens, [&](auto tokens) {
     constexpr int kCols = decltype(tokens)::value;
-    const Grid grid{ceil_div(op.M, 8 * kCols) * plan.clusters * plan.cluster, dim3{kThreads},
-                    plan.bytes, plan.cluster};
+    Grid grid{ceil_div(op.M, 8 * kCols) * plan.clusters * plan.cluster, dim3{kThreads}, plan.bytes,
+              plan.cluster};
+    grid.early = true;
     return tiles_for(op.R) == 1
                ? launch(cluster_kernel<T, 1, kCols>, grid, stream, op, activation, plan)
                : launch(cluster_kernel<T, 2, kCols>, grid, stream, op, activation, plan);
@@ -390,7 +393,7 @@ const char* launch_low_rank_linear(const LowRankLinear& op, DType dtype, Activat
     Plan plan;
     Pair pair;
     if (op.workspace && plan_pair(op, sizeof(T), pair)) {
-      return launch_pair<T>(op, activation, pair, device.early, stream);
+      return launch_pair<T>(op, activation, pair, stream);
     }
     if (plan_clusters(op, sizeof(T), device, plan)) {
       return launch_clusters<T>(op, activation, plan, stream);
