@@ -102,3 +102,10 @@ def test_tensors_that_are_not_aligned(kernels: Kernels, device: None, R: int) ->
 
     given = tuple(shifted(t) for t in tensors(2, 64, R, 32, torch.float16))
     assert_right(kernels.low_rank_linear(*given), given, None)
+
+
+def test_a_launch_with_little_memory_leaves_an_earlier_one_its_own(kernels: Kernels) -> None:
+    """The emulation refuses what would: a graph may hold the earlier one, of the same kernel."""
+    for R in (256, 200):
+        given = tensors(33, 64, R, 16, torch.float16)
+        assert_right(kernels.low_rank_linear(*given), given, None)

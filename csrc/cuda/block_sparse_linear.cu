@@ -116,18 +116,20 @@ bool takes_tiles(const BlockSparseLinear& op, DType dtype) {
          aligned(op.values) && compute_capability() >= 80;
 }
 
-int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&value, attribute, device);
-  return value;
+int multiprocessors() {
+  return once_a_device([] {
+    int device = 0, count = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return count;
+  });
 }
 
 // Warps of a thread block, each for 32 outputs, where there are `times` blocks for the same
 // outputs. Little work: less for each, until most multiprocessors have some. M counts here, but no
 // result depends on how outputs are shared out.
 int warps_of(const BlockSparseLinear& op, int64_t times) {
-  const int64_t enough = device_attribute(cudaDevAttrMultiProcessorCount) * 3 / 4;
+  const int64_t enough = multiprocessors() * 3 / 4;
   int warps = tiles::kMaxWarps;
   while (warps > 1 && times * ceil_div(op.N, warps * tiles::kOutputs) < enough) warps /= 2;
   return warps;
@@ -138,10 +140,9 @@ int warps_of(const BlockSparseLinear& op, int64_t times) {
 int widest_cluster() {
   return once_a_device([] {
     const auto kernel = tiles::block_sparse_tiles_kernel<__half, 16, 64, tiles::Mode::sliced>;
-    const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     int blocks = tiles::kSlices;
-    while (blocks > 1 &&
-           clusters_at_once(kernel, {blocks, dim3{tiles::kMaxWarps * kWarp}, most, blocks}) == 0) {
+    while (blocks > 1 && clusters_at_once(kernel, {blocks, dim3{tiles::kMaxWarps * kWarp},
+                                                   most_shared(), blocks}) == 0) {
       blocks /= 2;
     }
     return blocks;
@@ -168,11 +169,10 @@ const char* launch_tiles(const BlockSparseLinear& op, Activation activation, voi
   plan.warps = warps_of(op, row_tiles * slices);
   const int64_t groups = ceil_div(op.N, plan.warps * tiles::kOutputs);
 
-  const int64_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const auto bytes = [&] { return tiles::Layout(plan, kRows, slots, kSliced).bytes; };
   const int64_t chunks = ceil_div(plan.slice * int64_t{sizeof(T)}, tiles::kChunkBytes);
   plan.stages = int(std::min<int64_t>(std::max<int64_t>(chunks, 1), tiles::kMaxStages));
-  while (plan.stages > 1 && bytes() > most) --plan.stages;
+  while (plan.stages > 1 && bytes() > most_shared()) --plan.stages;
 
   Grid grid{row_tiles * groups * slices, dim3{unsigned(plan.warps) * kWarp}, bytes()};
   grid.early = true;

@@ -118,13 +118,25 @@ inline int compute_capability() {
   });
 }
 
+// Bytes of dynamic shared memory that a thread block can have on the current device.
+inline int most_shared() {
+  return once_a_device([] {
+    int device = 0, bytes = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return bytes;
+  });
+}
+
 // Asks for what the grid has beyond what any kernel may have; nullptr, or why it cannot be had.
+// Memory is always asked for up to the limit: with less, a launch would take back what another
+// thread's, or one that a graph holds, counts on.
 template <typename... Parameters>
 const char* allow(void (*kernel)(Parameters...), const Grid& grid) {
   if (grid.shared_bytes > 48 * 1024 &&
-      (grid.shared_bytes > INT32_MAX ||
-       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                            int(grid.shared_bytes)) != cudaSuccess)) {
+      (grid.shared_bytes > most_shared() ||
+       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared()) !=
+           cudaSuccess)) {
     cudaGetLastError();
     return "more shared memory than a thread block of this device can have";
   }

@@ -230,13 +230,10 @@ struct Device {
 
 Device current_device() {
   return once_a_device([] {
-    int number = 0, shared = 0;
     Device device;
-    cudaGetDevice(&number);
-    cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, number);
-    device.shared = shared;
+    device.shared = most_shared();
     for (int i = 0; i < 5; ++i) {
-      const Grid grid{1 << i, dim3{kThreads}, shared, 1 << i};
+      const Grid grid{1 << i, dim3{kThreads}, device.shared, 1 << i};
       device.clusters[i] = clusters_at_once(cluster_kernel<__nv_bfloat16, 2, 8>, grid);
     }
     return device;

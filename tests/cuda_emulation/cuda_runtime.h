@@ -75,8 +75,13 @@ constexpr unsigned kPlainCluster = 8;
 struct Allowed {
   size_t shared = kPlainShared;
   bool wide_cluster = false;
+  size_t used = 0;  // the most shared memory of a launch
 };
-inline std::map<const void*, Allowed> allowed;  // of a kernel
+// Of a kernel on the device that is played.
+inline Allowed& allowed(const void* kernel) {
+  static std::map<std::pair<const void*, int>, Allowed> of;
+  return of[{kernel, device_number()}];
+}
 
 // The largest launches of each kernel, by compute capability.
 struct Launch {
@@ -146,13 +151,17 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
   using namespace cuda_emulation;
-  Allowed& grant = allowed[reinterpret_cast<const void*>(kernel)];
+  Allowed& grant = allowed(reinterpret_cast<const void*>(kernel));
   if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
     grant.wide_cluster = value != 0;
     return cudaSuccess;
   }
   if (value < 0 || size_t(value) > most_shared) {
     failure = "more shared memory asked for than there is";
+    return cudaErrorInvalidValue;
+  }
+  if (size_t(value) < grant.used) {
+    failure = "less shared memory asked for than a launch has, which a graph may hold";
     return cudaErrorInvalidValue;
   }
   grant.shared = size_t(value);
@@ -169,7 +178,7 @@ inline std::string refusal(const cudaLaunchConfig_t& config, const void* kernel,
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return "a grid without blocks";
   if (grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535) return "a grid of too many blocks";
   if (grid.x % cluster) return "a grid that is no whole number of clusters";
-  const Allowed grant = allowed[kernel];
+  const Allowed& grant = allowed(kernel);
   if (cluster > 1 && compute_capability < 90) return "a cluster below sm_90";
   if (cluster > (grant.wide_cluster ? 16 : kPlainCluster)) return "a cluster of too many blocks";
   if (cluster > 1 && int(cluster) > largest_cluster)
@@ -205,6 +214,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   failure = refusal(*config, address, together);
   if (!failure.empty()) return cudaErrorInvalidValue;
   Launch& launch = launches[{address, compute_capability}];
+  allowed(address).used = std::max(allowed(address).used, config->dynamicSmemBytes);
   launch.threads = std::max(launch.threads, size.x * size.y * size.z);
   launch.shared = std::max(launch.shared, config->dynamicSmemBytes);
   launch.cluster = std::max(launch.cluster, together);
