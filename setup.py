@@ -86,7 +86,9 @@ class NinjaBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
 
-        system = [*include_paths(), pybind11.get_include(), sysconfig.get_path("include")]
+        # pybind11 before torch: the copy in some versions of torch refuses sources that keep to the
+        # stable ABI.
+        system = [pybind11.get_include(), *include_paths(), sysconfig.get_path("include")]
         common = [
             f"-I{ROOT / 'csrc'}",
             *(f"-isystem {path}" for path in system),

@@ -17,15 +17,11 @@ from prunelm import BlockSparse, ops
 from prunelm.benchmarks.gpu_harness import (
     Case,
     Dense,
-    Gpu,
     Roof,
     Timer,
-    finish,
-    measure_roof,
     options_of,
     replayed,
-    report,
-    run_cases,
+    run_benchmark,
     size_bytes,
     times,
 )
@@ -120,12 +116,7 @@ def cases(timer: Timer, roof: Roof, full: bool, device: str = "cuda") -> list[Ca
 def main(words: Sequence[str] | None = None) -> int:
     """Prints the card, a table in microseconds, and saves it."""
     options = options_of(str(__doc__), words)
-    timer = Gpu()
-    with torch.no_grad():
-        roof = measure_roof(timer)
-        rows, failed = run_cases(cases(timer, roof, options.full), options.seconds)
-    report("block_sparse_linear", rows, roof, options.out)
-    return finish(failed)
+    return run_benchmark("block_sparse_linear", partial(cases, full=options.full), options)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +31,7 @@ GRAPH_US = 400.0  # of work in a graph of warm calls
 COLD = 3  # copies are together so many times the L2
 MOST_CALLS = 200
 REPLAYS = 11
+SAVE_S = 3.0
 
 Call = Callable[..., Any]
 
@@ -69,6 +71,18 @@ class Gpu:
         torch.cuda.synchronize()
         pairs = itertools.pairwise(marks)
         return [before.elapsed_time(after) * 1e3 for before, after in pairs]
+
+
+class Dry(Gpu):
+    """Captures as for a measurement, so that all kernels are compiled, and measures nothing."""
+
+    l2_bytes = 0
+
+    def __init__(self) -> None:
+        pass
+
+    def elapsed_us(self, replay: Callable[[], None], replays: int) -> list[float]:
+        return [GRAPH_US] * replays
 
 
 def cloned(value: Any) -> Any:
@@ -239,6 +253,9 @@ def options_of(doc: str, words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60, help="no case begins after these")
     parser.add_argument("--full", action="store_true", help="more shapes")
+    parser.add_argument(
+        "--dry", action="store_true", help="run and check all cases once, measure and save nothing"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the results go")
     options = parser.parse_args(words)
     if not torch.cuda.is_available():
@@ -249,11 +266,41 @@ def options_of(doc: str, words: Sequence[str] | None) -> argparse.Namespace:
 Case = tuple[Mapping[str, Any], Callable[[], Mapping[str, Any]]]
 
 
-def run_cases(cases: Sequence[Case], seconds: float) -> tuple[list[dict[str, Any]], int]:
+def run_benchmark(
+    name: str,
+    cases: Callable[[Timer, Roof], Sequence[Case]],
+    options: argparse.Namespace,
+    seconds: float | None = None,
+) -> int:
+    """Measures all cases, prints a table and saves it; the exit code.
+
+    What was measured is saved every few seconds, in case this process is ended.
+    """
+    seconds = options.seconds if seconds is None else seconds
+    with torch.no_grad():
+        if options.dry:
+            rows, failed = run_cases(cases(Dry(), Roof(1, 1, 1)), seconds)
+            print(f"{len(rows)} cases ran, {failed} of them failed")
+            return 1 if failed else 0
+        timer = Gpu()
+        roof = measure_roof(timer)
+        save = partial(save_rows, name, about(), roof, options.out)
+        rows, failed = run_cases(cases(timer, roof), seconds, save)
+    report(save(rows), roof)
+    if failed:
+        print(f"{failed} cases failed")
+    return 1 if failed else 0
+
+
+def run_cases(
+    cases: Sequence[Case], seconds: float, save: Callable[[list[dict[str, Any]]], Any] | None = None
+) -> tuple[list[dict[str, Any]], int]:
     """A row for each case, labels first, and how many failed; none begins after the time.
 
     A case that fails is a row with its error, and the next one runs, unless CUDA itself is lost.
+    `save` is called with the rows so far from time to time.
     """
+    saved = time.monotonic()
     begin, rows, failed = time.monotonic(), [], 0
     for i, (labels, run) in enumerate(cases):
         if time.monotonic() - begin > seconds:
@@ -268,26 +315,37 @@ def run_cases(cases: Sequence[Case], seconds: float) -> tuple[list[dict[str, Any
             print(f"{dict(labels)}: {said}", flush=True)
             if "CUDA error" in said:
                 break
+        if save is not None and time.monotonic() - saved > SAVE_S:
+            save(rows)
+            saved = time.monotonic()
     return rows, failed
 
 
-def report(name: str, rows: Sequence[Mapping[str, Any]], roof: Roof, folder: Path) -> None:
-    """Prints a table and merges the rows into this card's file in the folder."""
+def save_rows(
+    name: str, about: Mapping[str, str], roof: Roof, folder: Path, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Merges a benchmark's rows into this card's file in the folder; returns what it put there."""
     found = {
         "bench": name,
-        **about(),
+        **about,
         "roof": {key: round(value, 2) for key, value in dataclasses.asdict(roof).items()},
         "rows": [
             {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()} for row in rows
         ],
     }
+    merge(folder, device_name(), name, found)
+    return found
+
+
+def report(found: Mapping[str, Any], roof: Roof) -> None:
+    """Prints the card and a table."""
+    rows = found["rows"]
     print(f"{found['machine']}; clocks {found['clocks']}; commit {found['commit']}")
     print(f"roof: {roof.tflops:.0f} TFLOP/s, {roof.gbytes:.0f} GB/s, {roof.floor_us:.1f} us")
     good = [row for row in rows if "error" not in row]
     names = list(dict.fromkeys(key for row in good for key in row))
     if good:
         print(table([{key: row.get(key) for key in names} for row in good]))
-    merge(folder, device_name(), name, found)
 
 
 def about() -> dict[str, str]:
@@ -335,10 +393,3 @@ def merge(folder: Path, device: str, name: str, found: Mapping[str, Any]) -> Non
     known[name] = found
     with replace_file(path) as temporary:
         temporary.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
-
-
-def finish(failed: int) -> int:
-    """The exit code; says how many cases failed."""
-    if failed:
-        print(f"{failed} cases failed")
-    return 1 if failed else 0

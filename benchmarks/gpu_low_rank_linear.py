@@ -18,17 +18,13 @@ from prunelm.benchmarks.gpu_harness import (
     Call,
     Case,
     Dense,
-    Gpu,
     Roof,
     Timer,
     best,
     compiled,
-    finish,
-    measure_roof,
     options_of,
     replayed,
-    report,
-    run_cases,
+    run_benchmark,
     size_bytes,
     times,
 )
@@ -106,12 +102,7 @@ def cases(timer: Timer, roof: Roof, device: str = "cuda") -> list[Case]:
 def main(words: Sequence[str] | None = None) -> int:
     """Prints the card, a table in microseconds, and saves it."""
     options = options_of(str(__doc__), words)
-    timer = Gpu()
-    with torch.no_grad():
-        roof = measure_roof(timer)
-        rows, failed = run_cases(cases(timer, roof), options.seconds)
-    report("low_rank_linear", rows, roof, options.out)
-    return finish(failed)
+    return run_benchmark("low_rank_linear", cases, options)
 
 
 if __name__ == "__main__":

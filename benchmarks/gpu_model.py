@@ -19,14 +19,10 @@ from prunelm.benchmarks.gpu_block_sparse_linear import kept
 from prunelm.benchmarks.gpu_harness import (
     REPLAYS,
     Case,
-    Gpu,
     Roof,
     Timer,
-    finish,
-    measure_roof,
     options_of,
-    report,
-    run_cases,
+    run_benchmark,
     size_bytes,
 )
 from prunelm.models.graphed import GraphedLM
@@ -168,12 +164,7 @@ def cases(timer: Timer, roof: Roof, full: bool, device: str = "cuda") -> list[Ca
 def main(words: Sequence[str] | None = None) -> int:
     """Prints the card, a table in microseconds, and saves it."""
     options = options_of(str(__doc__), words)
-    timer = Gpu()
-    with torch.no_grad():
-        roof = measure_roof(timer)
-        rows, failed = run_cases(cases(timer, roof, options.full), options.seconds)
-    report("model", rows, roof, options.out)
-    return finish(failed)
+    return run_benchmark("model", partial(cases, full=options.full), options)
 
 
 if __name__ == "__main__":

@@ -21,14 +21,11 @@ from torch import Tensor
 from prunelm.benchmarks.gpu_block_sparse_linear import BLOCKS, SPARSITIES, K, Layer, N
 from prunelm.benchmarks.gpu_harness import (
     Case,
-    Gpu,
+    Roof,
     Timer,
-    finish,
-    measure_roof,
     options_of,
     replayed,
-    report,
-    run_cases,
+    run_benchmark,
     times,
 )
 from prunelm.benchmarks.harness import check
@@ -129,24 +126,25 @@ def forward(
     return {"us": own.warm_us, "cold_us": own.cold_us, **chosen}
 
 
+def cases(timer: Timer, roof: Roof, full: bool) -> list[Case]:
+    """All lines."""
+    known: dict[Any, Meta] = {}
+    return [
+        (
+            {"M": M, "N": N, "K": K, "block": f"{b}x{b}", "sparsity": s},
+            partial(forward, timer, known, M=M, block=b, sparsity=s, full=full),
+        )
+        for M, b, s in product(ROWS, BLOCKS, SPARSITIES)
+    ]
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Prints the card, a table in microseconds, and saves it."""
     options = options_of(str(__doc__), words)
     begin = time.monotonic()
     compile_all(options.full, options.seconds / 2)
-    timer, known = Gpu(), dict[Any, Meta]()
-    cases: list[Case] = [
-        (
-            {"M": M, "N": N, "K": K, "block": f"{b}x{b}", "sparsity": s},
-            partial(forward, timer, known, M=M, block=b, sparsity=s, full=options.full),
-        )
-        for M, b, s in product(ROWS, BLOCKS, SPARSITIES)
-    ]
-    with torch.no_grad():
-        roof = measure_roof(timer)
-        rows, failed = run_cases(cases, options.seconds - (time.monotonic() - begin))
-    report("torch BSR", rows, roof, options.out)
-    return finish(failed)
+    left_s = options.seconds - (time.monotonic() - begin)
+    return run_benchmark("torch BSR", partial(cases, full=options.full), options, left_s)
 
 
 if __name__ == "__main__":

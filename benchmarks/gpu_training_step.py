@@ -18,15 +18,11 @@ from prunelm import BlockSparse, ops
 from prunelm.benchmarks.gpu_block_sparse_linear import Layer
 from prunelm.benchmarks.gpu_harness import (
     Case,
-    Gpu,
     Roof,
     Timer,
-    finish,
-    measure_roof,
     options_of,
     replayed,
-    report,
-    run_cases,
+    run_benchmark,
     times,
 )
 from prunelm.benchmarks.harness import check
@@ -104,12 +100,7 @@ def cases(timer: Timer, roof: Roof, full: bool) -> list[Case]:
 def main(words: Sequence[str] | None = None) -> int:
     """Prints the card, a table in microseconds, and saves it."""
     options = options_of(str(__doc__), words)
-    timer = Gpu()
-    with torch.no_grad():
-        roof = measure_roof(timer)
-        rows, failed = run_cases(cases(timer, roof, options.full), options.seconds)
-    report("training step", rows, roof, options.out)
-    return finish(failed)
+    return run_benchmark("training step", partial(cases, full=options.full), options)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The GPU benchmarks, their timer replaced by one that runs on the CPU: what they check and say."""
 
+import argparse
 import json
 from collections.abc import Callable
 from functools import cache, partial
@@ -88,7 +89,7 @@ def test_low_rank_linear_is_checked_and_set_beside_two(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("prune", gpu_beam_step.PRUNE)
 def test_beam_step_is_checked_and_set_beside_torch(prune: gpu_beam_step.Prune) -> None:
     row = gpu_beam_step.step(
-        FakeTimer(), ROOF, B=3, W=2, V=50, prune=prune, backend="cpu", device="cpu"
+        FakeTimer(), ROOF, {}, B=3, W=2, V=50, prune=prune, backend="cpu", device="cpu"
     )
     assert row["speedup"] > 0 and 0 < row["of_bandwidth_cold"] < 1
 
@@ -164,7 +165,7 @@ def test_an_element_that_a_graph_leaves_unwritten_is_seen() -> None:
 
 
 def test_a_case_that_fails_is_a_row_and_the_next_one_runs(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def bad() -> Any:
         raise ValueError("too large\nand more")
@@ -172,6 +173,10 @@ def test_a_case_that_fails_is_a_row_and_the_next_one_runs(
     cases = [({"M": 1}, bad), ({"M": 2}, lambda: {"us": 3.0})]
     rows, failed = gpu_harness.run_cases(cases, 60)
     assert rows == [{"M": 1, "error": "ValueError: too large"}, {"M": 2, "us": 3.0}] and failed == 1
+    saved: list[int] = []
+    monkeypatch.setattr(gpu_harness, "SAVE_S", -1.0)
+    gpu_harness.run_cases(cases, 60, lambda rows: saved.append(len(rows)))
+    assert saved == [1, 2]
     assert gpu_harness.run_cases(cases, -1) == ([], 0)
     assert "no time for 2 of 2 cases" in capsys.readouterr().out
 
@@ -184,13 +189,31 @@ def test_nothing_goes_on_where_cuda_is_lost() -> None:
     assert len(rows) == failed == 1
 
 
+def test_without_times_all_cases_run_and_nothing_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Dry(gpu_harness.Dry):
+        capture = FakeTimer.capture
+
+    def cases(timer: gpu_harness.Timer, roof: Roof) -> list[gpu_harness.Case]:
+        x = torch.ones(3)
+        return [({"M": 1}, lambda: {"us": gpu_harness.times(timer, run, (x,)).cold_us})]
+
+    ran: list[int] = []
+    run = ran.append
+    monkeypatch.setattr(gpu_harness, "Dry", Dry)
+    options = argparse.Namespace(dry=True, seconds=60, out=tmp_path)
+    assert gpu_harness.run_benchmark("one", cases, options) == 0
+    assert len(ran) == 4 and not list(tmp_path.iterdir())
+    assert capsys.readouterr().out == "1 cases ran, 0 of them failed\n"
+
+
 def test_results_are_merged_under_the_cards_name(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     about = {"machine": "a card", "clocks": "1 MHz", "commit": "abc", "device": "card"}
-    monkeypatch.setattr(gpu_harness, "about", lambda: about)
     for name in ("one", "two"):
         rows = [{"us": 1.23456}, {"M": 1, "error": "bad"}]
-        gpu_harness.report(name, rows, ROOF, tmp_path)
+        gpu_harness.report(gpu_harness.save_rows(name, about, ROOF, tmp_path, rows), ROOF)
     found = json.loads((tmp_path / "nvidia-h100-80gb-hbm3.json").read_text())
     assert set(found) == {"one", "two"} and found["one"]["rows"][0] == {"us": 1.235}
     assert found["two"]["roof"] == {"tflops": 800, "gbytes": 3000, "floor_us": 2}
