@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "gpu-check"
 DRIVERS = ROOT / "tests" / "cuda_emulation"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-SHOWN = 25  # last lines of what failed
+SHOWN = 12  # last lines of each command that failed
 NO_GPU = 2
 
 # In a child process, since torch may be missing or broken.
@@ -213,8 +213,8 @@ def plan(python: str, out: Path, listed: str = "9.0a", nvcc: str = "nvcc") -> li
 
 def run_step(
     step: Step, limit_s: float, environment: Mapping[str, str], folder: Path
-) -> tuple[list[Outcome], str]:
-    """Runs a step's commands side by side; how each ended, and all that they printed."""
+) -> tuple[list[Outcome], list[str]]:
+    """Runs a step's commands side by side; how each ended, and all that it printed."""
     begin = time.monotonic()
     running = []
     folder.mkdir(parents=True, exist_ok=True)
@@ -260,7 +260,7 @@ def run_step(
         outcomes.append(Outcome(step.name, command.name, status, round(seconds, 1), note))
         line = " ".join(command.argv)
         said.append(f"== {step.name}: {command.name}: {status}, {seconds:.1f} s\n$ {line}\n{text}")
-    return outcomes, "\n".join(said)
+    return outcomes, said
 
 
 def end(process: "subprocess.Popen[bytes]") -> None:
@@ -290,19 +290,21 @@ def run_all(
         kept = sum(later.limit_s for later in steps[i + 1 :] if later.shown)
         left = seconds - kept - (time.monotonic() - begin)
         if left < 5:
-            status, said = "left out: no time", ""
-            found = [Outcome(step.name, c.name, status, 0.0, "") for c in step.commands]
+            found = [
+                Outcome(step.name, c.name, "left out: no time", 0.0, "") for c in step.commands
+            ]
+            said = [""] * len(found)
         else:
             found, said = run_step(step, min(step.limit_s, left), environment, BUILD)
         outcomes += found
         if step.shown:
-            shown += said
+            shown += "\n".join(said)
         with (out / "log.txt").open("a") as log:
-            log.write(said + "\n")
-        for outcome in found:
+            log.write("\n".join(said) + "\n")
+        for outcome, text in zip(found, said, strict=True):
             print(f"{step.name}: {outcome.command}: {outcome.status}, {outcome.seconds:.1f} s")
-        if not all(outcome.good for outcome in found):
-            print("\n".join(said.splitlines()[-SHOWN:]))
+            if not outcome.good:
+                print("\n".join(text.splitlines()[-SHOWN:]))
         sys.stdout.flush()
         after(step)
         (out / "summary.txt").write_text(summary(outcomes, shown, about))

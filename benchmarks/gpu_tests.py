@@ -24,13 +24,18 @@ HANGS_S = 60.0  # the first call of a Triton kernel compiles it
 class Continue:
     """A pytest plugin: leaves out what `record` names, and notes there what starts and ends.
 
-    Each line is "started<TAB>test" or "outcome<TAB>test".
+    Each line is "started<TAB>test" or "outcome<TAB>test". What fails is shown at once, since a
+    process that is ended shows no summary.
     """
 
     def __init__(self, record: Path) -> None:
         self.record = record
         self.before = {line.split("\t", 1)[1] for line in lines_of(record)}
         self.outcome = "passed"
+        self.terminal: Any = None
+
+    def pytest_sessionstart(self, session: Any) -> None:
+        self.terminal = session.config.pluginmanager.get_plugin("terminalreporter")
 
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
         left = [item for item in items if item.nodeid in self.before]
@@ -44,6 +49,10 @@ class Continue:
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.outcome != "passed" and self.outcome != "failed":
             self.outcome = report.outcome
+        if report.outcome == "failed" and self.terminal:
+            why = [line for line in report.longreprtext.splitlines() if line.startswith("E")]
+            self.terminal.ensure_newline()
+            self.terminal.write_line(f"{report.nodeid}: {' '.join(why[:1])[:300]}")
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         self.note(self.outcome, nodeid)

@@ -225,6 +225,7 @@ def test_tests_go_on_behind_one_that_breaks_the_process(
     assert found == {"passed": 2, "broke": 2, "failed": 1, "skipped": 1}
     said = capfd.readouterr().out
     assert "bad_tests.py::test_b: 9; going on" in said
+    assert "bad_tests.py::test_c: E   assert False" in said  # at once: test_d is ended
     assert "bad_tests.py::test_d: hung; going on" in said
 
 
