@@ -28,10 +28,11 @@ MUST_HAVE = [
     (r"block_sparse_tiles_kernel<__", "", "HMMA LDSM LDGSTS"),
     (r"block_sparse_tiles_kernel<__", "sm_90a", "SYNCS"),
     (r"block_sparse_tiles_kernel<.* [02]>", "sm_90a", "UCGABAR"),
+    (r"tree_attention_kernel<.*, 1>", "", "LDG.E.128 LDS.128 MUFU.EX2"),
 ]
 MUST_NOT_HAVE = [
     ("", "", "LDL STL"),  # local memory: spills, and arrays that are indexed at run time
-    ("block_sparse|grad_|low_rank", "", "DFMA DADD DMUL"),  # double precision by accident
+    ("block_sparse|grad_|low_rank|tree_", "", "DFMA DADD DMUL"),  # double precision by accident
 ]
 
 
