@@ -32,10 +32,11 @@ MUST_HAVE = [
     (r"cluster_kernel<", "sm_90a", "LDGSTS UCGABAR"),
     (r"(cluster|shrink|expand)_kernel<__", "", "HMMA LDSM LDGSTS"),
     (r"beam_step_kernel<|rows_kernel<.*true", "", "LDGSTS"),
+    (r"tree_attention_kernel<.*, 1>", "", "LDG.E.128 LDS.128 MUFU.EX2"),
 ]
 MUST_NOT_HAVE = [
     ("", "", "LDL STL"),  # local memory: spills, and arrays that are indexed at run time
-    ("block_sparse|grad_|low_rank", "", "DFMA DADD DMUL"),  # double precision by accident
+    ("block_sparse|grad_|low_rank|tree_", "", "DFMA DADD DMUL"),  # double precision by accident
 ]
 
 

@@ -264,10 +264,16 @@ __device__ void stage(const TreeAttention& op, float scale, int r, int h,
   for (int first = 0; first < kWidth; first += kThreads) {
     const int e = first + int(threadIdx.x);
     if (e >= kWidth) break;
-    const bool there = e < op.D;
-    shared.query[e] = there ? turned<T>(op, kQuery, r, h, e) * scale : 0;
-    store(&shared.key[e], there ? turned<T>(op, kKey, r, h, e) : 0);
-    shared.value[e] = there ? part_of<T>(op, kValue, r, h)[e] : T{};
+    float query = 0;
+    T key{}, value{};
+    if (e < op.D) {  // all loads at once
+      query = turned<T>(op, kQuery, r, h, e) * scale;
+      store(&key, turned<T>(op, kKey, r, h, e));
+      value = part_of<T>(op, kValue, r, h)[e];
+    }
+    shared.query[e] = query;
+    shared.key[e] = key;
+    shared.value[e] = value;
   }
 }
 // A row's head from what its warps have found.
@@ -291,11 +297,11 @@ __device__ void write(const TreeAttention& op, const Shared<T, kWidth, kNumbers>
 
 // Whether thread t's row, t, is an ancestor of row r: a tree has it in one place of the path only.
 template <typename T, int kWidth, int kNumbers>
-__device__ void find_ancestors(const TreeAttention& op, int r, int64_t length, int64_t other_length,
+__device__ void find_ancestors(const TreeAttention& op, int r, int last, int64_t other_length,
                                Shared<T, kWidth, kNumbers>& shared) {
   const int t = int(threadIdx.x);
   bool found = false;
-  if (other_length >= 1 && other_length < length) {
+  if (other_length >= 1 && other_length <= last) {
     const int64_t p = other_length - 1;
     found = op.path[t * op.P + p] == op.path[r * op.P + p];
     shared.depth[t] = int(p);
@@ -320,18 +326,18 @@ __global__ __launch_bounds__(kThreads, kPieces == 1 ? 4 : 2) void tree_attention
   const int64_t other_length = stores && thread < op.R ? op.length[thread] : 0;
   stage(op, scale, r, h, shared);
 
-  T* const out = static_cast<T*>(op.out) + (int64_t{r} * op.H + h) * op.D;
   const int64_t slot = slot_of(op, r, length);
+  const int64_t* const path = op.path + r * op.P;
+  const int last = length >= 1 && length <= op.P ? int(length) - 1 : 0;  // the row's own place
+  Team keys{op, shared, h, thread % kLanes};
+  int64_t slots[Team::kAtOnce];
+  keys.look_ahead(path, team, last, slots);
+  find_ancestors(op, r, last, other_length, shared);
+  T* const out = static_cast<T*>(op.out) + (int64_t{r} * op.H + h) * op.D;
   if (slot < 0) {
     for (int e = thread; e < op.D; e += kThreads) store(out + e, NAN);
     return;
   }
-  const int64_t* const path = op.path + r * op.P;
-  const int last = int(length) - 1;
-  Team keys{op, shared, h, thread % kLanes};
-  int64_t slots[Team::kAtOnce];
-  keys.look_ahead(path, team, last, slots);
-  find_ancestors(op, r, length, other_length, shared);
   __syncthreads();
 
   if (stores) {
