@@ -127,7 +127,8 @@ def read_kernels(path: Path, of: str = "prunelm") -> list[Kernel]:
             name = line.removeprefix(" Function ").rstrip(":\n")
         elif of in name and (usage := _USAGE.search(line)):
             registers, stack, shared = map(int, usage.groups())
-            shared -= _RESERVED if int(re.sub(r"\D", "", architecture)) >= 90 else 0
+            if int(re.sub(r"\D", "", architecture)) >= 90:
+                shared = max(shared - _RESERVED, 0)  # an empty kernel has none
             found[architecture, name] = Kernel(name, architecture, registers, stack, shared)
             name = ""
     kernel = None

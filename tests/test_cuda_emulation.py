@@ -191,7 +191,7 @@ FAULTS = {
     "two_masks": {"fibers": "lanes that wait for each other with different masks"},
     "static_in_cluster": {"fibers": "a static __shared__ array in a cluster"},
     "too_many_threads": {"fibers": "a block of no or too many threads"},
-    "too_much_shared": {"fibers": "more shared memory asked for than there is"},
+    "too_much_shared": {"fibers": "more shared memory than a thread block of this device can have"},
 }
 
 

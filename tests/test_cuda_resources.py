@@ -97,8 +97,10 @@ def registers_of_a_block(fact: Kernel, threads: int) -> int:
 def test_every_kernel_can_be_launched_with_the_threads_that_it_allows(facts: list[Kernel]) -> None:
     for fact in facts:
         what = f"{fact.name} for {fact.architecture}: {fact.registers} registers"
-        # Static shared memory would take part of the limit up to which dynamic is asked for.
-        assert fact.registers <= 255 and fact.shared == 0, what
+        # Static shared memory would take part of the limit up to which dynamic is asked for; those
+        # that have some ask for none.
+        static = 48 * 1024 if fact.name.startswith("tree_attention_kernel") else 0
+        assert fact.registers <= 255 and fact.shared <= static, what
         assert registers_of_a_block(fact, fact.threads or 32) <= REGISTERS, what
 
 
