@@ -125,7 +125,9 @@ def link_extension(to: Path) -> None:
 def gpu_tests() -> list[str]:
     """The test files that have GPU tests; the others import what need not be there."""
     paths = sorted((ROOT / "tests").glob("test_*.py"))
-    marked = re.compile(r"^pytestmark = .*mark\.gpu|^\s*@pytest\.mark\.gpu", re.MULTILINE)
+    marked = re.compile(
+        r"^pytestmark = (\[[^]]*)?pytest\.mark\.gpu|^\s*@pytest\.mark\.gpu", re.MULTILINE
+    )
     return [str(p.relative_to(ROOT)) for p in paths if marked.search(p.read_text())]
 
 

@@ -202,6 +202,12 @@ def test_the_sanitizers_calls_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert int(capsys.readouterr().out.split()[0]) > 60
 
 
+def test_all_files_with_gpu_tests_are_run() -> None:
+    folder = Path(__file__).parent
+    marked = {p.name for p in folder.glob("test_*.py") if "pytest.mark.gpu" in p.read_text()}
+    assert {Path(name).name for name in gpu_check.gpu_tests()} == marked - {Path(__file__).name}
+
+
 # Tests that end their process, hang, or lose the context stand in for kernels that do.
 BAD_TESTS = """
 import os, time, pytest
