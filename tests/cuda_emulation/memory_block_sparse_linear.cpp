@@ -76,7 +76,7 @@ int main() {
   block_sparse_linear();
   constexpr size_t kAll = 227 * 1024;
   tiles<__nv_bfloat16>(5, 136, 72, 16, 16, 90, 16, kAll);  // two warps
-  tiles<float>(9, 72, 40, 16, 8, 90, 132, kAll);           // without matrix instructions
+  tiles<float>(9, 1280, 16, 16, 8, 90, 132, kAll);         // 20 steps through a ring of 16
   tiles<__nv_bfloat16>(3, 1160, 40, 32, 64, 90, 132,
                        11 * 1024);                         // 3 chunks a slice, 2 of which fit
   tiles<__nv_bfloat16>(3, 40, 24, 16, 16, 80, 132, kAll);  // no cluster
