@@ -5,6 +5,9 @@
 // (benchmarks/gpu_check.py).
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -30,6 +33,18 @@ inline std::vector<float> random(int64_t size) {
   std::normal_distribution<float> normal;
   std::vector<float> out(size);
   for (float& x : out) x = normal(generator);
+  return out;
+}
+
+inline void convert(__nv_bfloat16& to, float from) { to = __float2bfloat16_rn(from); }
+inline void convert(float& to, float from) { to = from; }
+inline float widen(__nv_bfloat16 from) { return __bfloat162float(from); }
+inline float widen(float from) { return from; }
+
+template <typename T>
+std::vector<T> as(const std::vector<float>& wide) {
+  std::vector<T> out(wide.size());  // its exact size, as all tensors here
+  for (size_t i = 0; i < wide.size(); ++i) convert(out[i], wide[i]);
   return out;
 }
 

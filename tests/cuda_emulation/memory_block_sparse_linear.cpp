@@ -1,6 +1,3 @@
-#include <cuda_bf16.h>
-#include <cuda_runtime.h>
-
 #include "memory.h"
 
 namespace {
@@ -23,18 +20,6 @@ void block_sparse_linear() {
   gradient.out = grad_values.data();
   report("grad_values", launched(launch_block_sparse_linear_grad_values, gradient, nullptr),
          grad_values);
-}
-
-void convert(__nv_bfloat16& to, float from) { to = __float2bfloat16_rn(from); }
-void convert(float& to, float from) { to = from; }
-float widen(__nv_bfloat16 from) { return __bfloat162float(from); }
-float widen(float from) { return from; }
-
-template <typename T>
-std::vector<T> as(const std::vector<float>& wide) {
-  std::vector<T> out(wide.size());  // its exact size, as all tensors here
-  for (size_t i = 0; i < wide.size(); ++i) convert(out[i], wide[i]);
-  return out;
 }
 
 // The kernel in tiles: `multiprocessors` says how many warps share a thread block,

@@ -1,27 +1,13 @@
-#include <cuda_bf16.h>
-#include <cuda_runtime.h>
-
 #include "memory.h"
 
 namespace {
 
-std::vector<float> narrow(const std::vector<float>& wide, float) { return wide; }
-std::vector<__nv_bfloat16> narrow(const std::vector<float>& wide, __nv_bfloat16) {
-  std::vector<__nv_bfloat16> out;
-  out.reserve(wide.size());  // its exact size, as all tensors here
-  for (const float x : wide) out.push_back(__float2bfloat16_rn(x));
-  return out;
-}
-
-float widen(float x) { return x; }
-float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-
 template <typename T>
 void low_rank_linear(const char* name, int64_t M, int64_t K, int64_t N, int64_t R) {
   const DType dtype = sizeof(T) == 4 ? DType::float32 : DType::bfloat16;
-  const auto x = narrow(random(M * K), T{}), down = narrow(random(R * K), T{});
-  const auto up = narrow(random(N * R), T{}), bias = narrow(random(N), T{});
-  auto y = narrow(std::vector<float>(M * N, NAN), T{});
+  const auto x = as<T>(random(M * K)), down = as<T>(random(R * K));
+  const auto up = as<T>(random(N * R)), bias = as<T>(random(N));
+  auto y = as<T>(std::vector<float>(M * N, NAN));
   LowRankLinear op{x.data(), down.data(), up.data(), bias.data(), y.data(), nullptr, M, K, N, R};
   std::vector<float> workspace(low_rank_linear_workspace(op, dtype), NAN);
   if (!workspace.empty()) op.workspace = workspace.data();

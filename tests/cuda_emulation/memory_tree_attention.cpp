@@ -1,28 +1,14 @@
-#include <cuda_bf16.h>
-#include <cuda_runtime.h>
-
 #include "memory.h"
 
 namespace {
-
-std::vector<float> narrow(const std::vector<float>& wide, float) { return wide; }
-std::vector<__nv_bfloat16> narrow(const std::vector<float>& wide, __nv_bfloat16) {
-  std::vector<__nv_bfloat16> out;
-  out.reserve(wide.size());  // its exact size, as all tensors here
-  for (const float x : wide) out.push_back(__float2bfloat16_rn(x));
-  return out;
-}
-
-float widen(float x) { return x; }
-float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 // Each row descends from the one behind it, whose key no block has stored yet; the last one's path
 // has P - R nodes of the pool. Slots are the nodes in order.
 template <typename T>
 void tree_attention(const char* name, int64_t R, int64_t P, int64_t H, int64_t D) {
   const DType dtype = sizeof(T) == 4 ? DType::float32 : DType::bfloat16;
-  const auto qkv = narrow(random(R * 3 * H * D), T{});
-  const auto cos = narrow(random(R * (D / 2)), T{}), sin = narrow(random(R * (D / 2)), T{});
+  const auto qkv = as<T>(random(R * 3 * H * D));
+  const auto cos = as<T>(random(R * (D / 2))), sin = as<T>(random(R * (D / 2)));
   std::vector<int64_t> path(R * P, int64_t{1} << 40), length(R);
   for (int64_t r = 0; r < R; ++r) {
     length[r] = P - r;
@@ -30,8 +16,8 @@ void tree_attention(const char* name, int64_t R, int64_t P, int64_t H, int64_t D
   }
   auto pool = random(P * H * D);
   for (int64_t i = (P - R) * H * D; i < P * H * D; ++i) pool[i] = NAN;
-  auto key = narrow(pool, T{}), value = narrow(pool, T{});
-  auto out = narrow(std::vector<float>(R * H * D, NAN), T{});
+  auto key = as<T>(pool), value = as<T>(pool);
+  auto out = as<T>(std::vector<float>(R * H * D, NAN));
   const TreeAttention op{qkv.data(),
                          cos.data(),
                          sin.data(),
