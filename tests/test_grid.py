@@ -91,11 +91,12 @@ def demo_folder(bed_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """What a quick demo leaves that was stopped once and gone on with."""
     out = tmp_path_factory.mktemp("demo")
     grid = demo_grid(("80%", "70%", "60%"), steps=2)
-    first, second = Heard(stop=6), Heard()
+    first, second = Heard(stop=7), Heard()
     with pytest.raises(KeyboardInterrupt):
         run_study(out, grid, data=bed_folder, progress=first, title="quick", measuring=QUICK)
     run_study(out, grid, data=bed_folder, progress=second, title="quick", measuring=QUICK)
-    assert first.said[0].startswith("chosen on 2 validation utterances: without LM reward ")
+    for said, search in zip(first.said[:2], ("beam 4, no LM, ", "beam 4, LM weight "), strict=True):
+        assert said.startswith(search) and "chosen on 2 validation utterances" in said
     assert "all in" in second.said[-1]
     assert any("pruning to 80%, 70%, 60%" in text for text in first.under_way)
     rows = [text for text in first.said + second.said if text.startswith("[")]
@@ -152,7 +153,11 @@ def test_finished_cells_are_skipped(demo_folder: Path, bed_folder: Path) -> None
 def test_another_study_is_refused(demo_folder: Path, bed_folder: Path) -> None:
     with pytest.raises(ValueError, match="expected a study with targets '50%', got one with"):
         run_study(
-            demo_folder, demo_grid(("50%",), steps=2), data=bed_folder, measuring=QUICK, weight=0.3
+            demo_folder,
+            demo_grid(("50%",), steps=2),
+            data=bed_folder,
+            measuring=QUICK,
+            lm_weight=0.3,
         )
     assert len(list((demo_folder / "cells").iterdir())) == 11
 
