@@ -7,7 +7,7 @@ weight and the token reward that were chosen on validation utterances, so that t
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -59,8 +59,8 @@ class LoadedLM:
         folder: where it comes from.
     """
 
-    model: TransformerLM
-    tokenizer: Tokenizer
+    model: TransformerLM = field(repr=False)
+    tokenizer: Tokenizer = field(repr=False)
     weights: str
     chosen: tuple[ChosenSearch, ...]
     folder: Path
@@ -70,8 +70,8 @@ class LoadedLM:
 class LoadedRecogniser:
     """A recogniser from a folder; attributes as those of `LoadedLM`."""
 
-    model: Transducer
-    tokenizer: Tokenizer
+    model: Transducer = field(repr=False)
+    tokenizer: Tokenizer = field(repr=False)
     weights: str
     chosen: tuple[ChosenSearch, ...]
     folder: Path
@@ -173,8 +173,7 @@ def write_chosen(folder: Path | str, chosen: Sequence[ChosenSearch]) -> None:
 
 
 def _entry(values: dict[str, Any]) -> ChosenSearch:
-    kinds = {each.name: each.type for each in fields(ChosenSearch)}
-    if set(values) != set(kinds):
+    if set(values) != {each.name for each in fields(ChosenSearch)}:
         raise ValueError
     entry = ChosenSearch(**values)
     numbers = (entry.beam, entry.lm_weight, entry.token_reward, entry.wer, entry.utterances)
