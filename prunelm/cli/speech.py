@@ -148,6 +148,8 @@ def decode(
     else:
         with _sink(out) as file:
             _write_tsv(file, failed.apart(shown), options, listener.tokenizer)
+            if failed.failed == failed.count:  # leaves no file
+                failed.complain("could not be decoded")
     failed.complain("could not be decoded")
 
 
