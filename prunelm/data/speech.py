@@ -136,7 +136,12 @@ def hold_out_speakers(
     return rest, [each for each in utterances if each.speaker in held]
 
 
-def read_audio(path: Path | str, rate: int = 16000) -> Tensor:
+def split_long(a, r, s):
+    n = int(r * s)
+    return [(b, min(b + n, len(a))) for b in range(0, len(a), n)]
+
+
+def read_audio(path: Path | str, rate: int = 16000, channel: int | None = None) -> Tensor:
     """[S] float32 samples in [-1, 1] at `rate`; a file at another rate is resampled.
 
     The first file of each other rate is reported in a log message.
