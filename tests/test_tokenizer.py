@@ -121,3 +121,24 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         raise KeyError
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("kind", ["characters", "units"])
+def test_white_space_of_any_kind_is_a_space(kind: str, request: pytest.FixtureRequest) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    plain = tokenizer.encode("the lazy dog")
+    for space in ("\t", "\u00a0", "\u2003", "\u3000", "\u2028", "\x85", "\x0b", "\r\n", " \t "):
+        assert tokenizer.encode(f"the{space}lazy{space}dog{space}") == plain
+        assert tokenizer.encode_lines([f"{space}the lazy{space}dog"]) == [plain]
+    trained = Tokenizer.train(["a\tb\u00a0c"], 20, "char")
+    assert trained.fingerprint == Tokenizer.train(["a b c"], 20, "char").fingerprint
+
+
+def test_half_a_surrogate_pair_is_refused(characters: Tokenizer) -> None:
+    message = "lines: expected Unicode text, got half of a surrogate pair in line "
+    with pytest.raises(ValueError, match=message + r"1, 'a\\\\udcff'"):
+        characters.encode("a\udcff")
+    with pytest.raises(ValueError, match=message + "2"):
+        characters.encode_lines(["a", "\ud800"])
+    with pytest.raises(ValueError, match=message + "2"):
+        Tokenizer.train(["a", "\ud800"], 10)
