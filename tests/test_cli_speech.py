@@ -163,4 +163,44 @@ def test_long_recordings_are_decoded(bed: Path, capsys: pytest.CaptureFixture[st
     run(capsys, "decode", "recogniser", "long.wav", "--out", "long.json")
     (found,) = json.loads(Path("long.json").read_text())["utterances"]
     times = found["nbest"][0]["times"]
-    assert times == sorted(times) and 70 * 25 < times[-1] < 75 * 25
+    assert times == sorted(times) and 70 * 25 < times[-1] <= 75 * 25
+
+
+def test_a_corpus_without_transcripts_is_decoded(
+    bed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [line.split("\t")[:2] for line in Path("test.tsv").read_text().splitlines()]
+    Path("bare.tsv").write_text("\n".join("\t".join(row) for row in rows) + "\nx\tnone.wav\n")
+    expected = run(capsys, "decode", "recogniser", "--corpus", "test.tsv")[0]
+    out, err = run(capsys, "decode", "recogniser", "--corpus", "bare.tsv", code=1)
+    assert out == expected and "none.wav" in err
+    assert err.endswith("prunelm: error: 1 of 6 recordings could not be decoded\n")
+    _, err = run(capsys, "evaluate", "--recogniser", "recogniser", "--corpus", "bare.tsv", code=1)
+    assert "bare.tsv" in err and "text" in err
+
+
+def test_words_in_silent_recordings_are_insertions(
+    bed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = Path("test.tsv").read_text().splitlines()
+    silent = [rows[0], rows[1], rows[2].rpartition("\t")[0] + "\t"]
+    Path("silent.tsv").write_text("\n".join(silent) + "\n")
+    words = ["evaluate", "--recogniser", "recogniser", "--corpus", "silent.tsv", "--out", "n.json"]
+    run(capsys, *words)
+    found = json.loads(Path("n.json").read_text())["speech"]
+    assert found["utterances"] == 2 and found["words"] == len(rows[1].split("\t")[2].split())
+    heard = table(run(capsys, "decode", "recogniser", "test1.wav")[0])[1][-1]
+    assert heard and found["errors"] >= len(heard.split())
+
+
+def test_one_channel_is_chosen(bed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    samples, rate = soundfile.read("test2.wav", dtype="float32")
+    other = 0.1 * np.random.default_rng(2).standard_normal(len(samples)).astype("float32")
+    soundfile.write("two.wav", np.stack([other, samples], 1), rate, subtype="FLOAT")
+    soundfile.write("one.wav", samples, rate, subtype="FLOAT")
+    one = table(run(capsys, "decode", "recogniser", "one.wav")[0])[1][1:]
+    assert table(run(capsys, "decode", "recogniser", "two.wav", "--channel", "1")[0])[1][1:] == one
+    mixed = table(run(capsys, "decode", "recogniser", "two.wav")[0])[1][1:]
+    assert mixed != one
+    _, err = run(capsys, "decode", "recogniser", "two.wav", "--channel", "2", code=1)
+    assert "two.wav: channel: expected 0 to 1, got 2" in err

@@ -83,7 +83,7 @@ def evaluate(
             raise ValueError("recogniser: expected a folder to go with the corpus, got none")
         listener = load_recogniser(recogniser, tokenizer=None if model is None else model.tokenizer)
         options = _options(listener, model, lm_weight, token_reward, beam, 1)
-        utterances = load_corpus(kind, corpus, split)
+        utterances = load_corpus(kind, corpus, split, "allow_empty")
         found["speech"] = _recognise(listener, model, utterances, options, channel)
     if out is not None:
         write_json(out, found)
@@ -133,9 +133,9 @@ def decode(
     listener = load_recogniser(recogniser, tokenizer=None if model is None else model.tokenizer)
     options = _options(listener, model, lm_weight, token_reward, beam, nbest)
     if corpus is not None:
-        utterances = load_corpus(kind, corpus, split)
+        utterances = load_corpus(kind, corpus, split, "optional", present=False)
     else:
-        utterances = [Utterance(str(path), path, "") for path in audio or []]
+        utterances = [Utterance(str(path), path, None) for path in audio or []]
     found = transcribe_each(listener, utterances, model, options, channel=channel)
     shown = _counted("decoding", found, len(utterances)) if out is not None else found
     failed = _Failures(len(utterances))
@@ -179,7 +179,7 @@ def tune(
     set_threads(threads)
     model = None if lm is None else load_lm(lm)
     listener = load_recogniser(recogniser, tokenizer=None if model is None else model.tokenizer)
-    utterances = load_corpus(kind, corpus, split)
+    utterances = load_corpus(kind, corpus, split, "allow_empty")
 
     def tried(options: SearchOptions, wer: float) -> None:
         print(f"{options}: WER {100 * wer:.2f} %", file=sys.stderr, flush=True)

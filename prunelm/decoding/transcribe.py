@@ -292,7 +292,7 @@ def transcribe_each(
         waiting.append(recording)
         try:
             if isinstance(utterance, Utterance):
-                audio = read_audio(utterance.audio_path, log_mel.rate, channel)
+                audio = read_audio(utterance.audio_path, log_mel.rate, channel=channel)
             else:
                 audio = utterance[1]
             for begin, end in split_long(audio, log_mel.rate, CHUNK_SECONDS):
@@ -414,7 +414,7 @@ def _searched(
 def _recording(value: Path | str | Tensor, index: int) -> Utterance | tuple[str, Tensor]:
     if isinstance(value, Tensor):
         return f"audio[{index}]", value
-    return Utterance(str(value), Path(value), "")
+    return Utterance(str(value), Path(value), None)
 
 
 def _reason(error: Exception) -> str:
