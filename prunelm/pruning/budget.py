@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from prunelm.pruning.groups import Groups, Rows
+from prunelm.pruning.groups import Groups, Rows, factorised
 
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 
@@ -62,10 +62,10 @@ class Ledger:
         touched = {part.name for g in groups for part in g.parts} | self.masked
         touched |= {name for g in groups for name in g.whole}
         # The partner of a touched factor counts with it.
-        for name in list(touched):
-            stem, _, leaf = name.rpartition(".")
-            if leaf in ("up", "down"):
-                touched |= {f"{stem}.up", f"{stem}.down"} & set(self.shapes)
+        self.factors = set(factorised(model))
+        for stem in self.factors:
+            if {f"{stem}.up", f"{stem}.down"} & touched:
+                touched |= {f"{stem}.up", f"{stem}.down"}
         self.fixed = self._total(
             {n: math.prod(s) for n, s in self.shapes.items() if n not in touched}, self.shapes
         )
@@ -87,7 +87,7 @@ class Ledger:
                     masks[part.name] = mask if old is None else mask & old
                 if isinstance(part, Rows):
                     length = shapes[part.name][part.axis]
-                    shapes[part.name][part.axis] = length * staying // max(part.count, 1)
+                    shapes[part.name][part.axis] = part.left(length, staying)
         sizes = {}
         for name, shape in shapes.items():
             final = masks.get(name)
@@ -97,10 +97,10 @@ class Ledger:
 
     def _total(self, sizes: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> int:
         total = sum(sizes.values())
-        for name, size in sizes.items():
-            if name.endswith(".down") and f"{name[:-5]}.up" in sizes:
-                factors = size + sizes[f"{name[:-5]}.up"]
-                total -= max(factors - shapes[f"{name[:-5]}.up"][0] * shapes[name][1], 0)
+        for stem in self.factors:
+            up, down = f"{stem}.up", f"{stem}.down"
+            if up in sizes and down in sizes:
+                total -= max(sizes[up] + sizes[down] - shapes[up][0] * shapes[down][1], 0)
         return total
 
 
