@@ -222,9 +222,9 @@ def test_saved_is_loaded(tmp_path: Path) -> None:
     assert not (tmp_path / "half" / "tokenizer.model").exists()
     back = load_result(tmp_path / "half")
     assert back.tokenizer is None and same_weights(back.model, result.model)
-    with pytest.raises(ValueError, match="got one saved without a tokenizer; prunelm.load_result"):
+    with pytest.raises(ValueError, match=r"got one saved without a tokenizer; prunelm.load_result"):
         load_model(tmp_path / "half")
-    with pytest.raises(ValueError, match="model: expected None, as .* its lm, got TransformerLM"):
+    with pytest.raises(ValueError, match=r"model: expected None, as .* its lm, got TransformerLM"):
         load_result(tmp_path / "half", model)
     masks = folder / "masks.safetensors"
     masks.write_bytes(masks.read_bytes()[:-5])
