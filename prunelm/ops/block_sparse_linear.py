@@ -17,7 +17,7 @@ from prunelm.ops.activation import (
     activation_code,
     activation_gradient,
 )
-from prunelm.ops.backend import WITH_TRITON, autocast, choose
+from prunelm.ops.backend import WITH_TRITON, autocast, choose, in_onnx_export
 from prunelm.sparse import BlockSparse
 
 _OP = torch.ops.prunelm.block_sparse_linear.default  # an overload found once saves a look-up
@@ -40,6 +40,7 @@ def block_sparse_linear(
     may round otherwise there. Triton departs from both: with TF32, and in 16 bits for bn < 8, it
     may round otherwise for M below 64; and it takes up to 128 outputs together, so that what is not
     finite in x meets zeros where another of their block rows stores something.
+    Under torch.onnx.export the reference runs, in plain torch.
     Sums are float32 (float64 for float64), also for 16-bit dtypes. Gradients flow to x,
     weight.values and bias; values of a block past N or K get zeros.
 
@@ -68,6 +69,8 @@ def block_sparse_linear(
     if x.dim() < 1 or x.shape[-1] != K:
         raise ValueError(f"x: expected [..., {K}], got {list(x.shape)}")
     values, device = weight.values, x.device.type
+    if x.is_nested or (backend is None and in_onnx_export()):
+        return block_sparse_linear_reference(x, weight, bias, activation)
     if torch.is_autocast_enabled(device):
         x, values, bias = autocast(x, values, bias)
     weights = {"values": values}

@@ -16,7 +16,7 @@ from prunelm.ops.activation import (
     activation_code,
     activation_gradient,
 )
-from prunelm.ops.backend import autocast, choose
+from prunelm.ops.backend import autocast, choose, in_onnx_export
 from prunelm.ops.block_sparse_linear import block_sparse_linear
 from prunelm.sparse import BlockSparse
 
@@ -44,7 +44,8 @@ def low_rank_linear(
 
     Plain factors are rearranged at each call on CPU, which is most of the work at small M. For
     inference there they may be given as blocks, laid out once: `BlockSparse.from_dense(down, (16,
-    K))`. GPUs read plain factors as they are, and faster than blocks.
+    K))`. GPUs read plain factors as they are, and faster than blocks. Under
+    torch.onnx.export the reference runs, in plain torch.
 
     Args:
         x: [..., K] float32, float64, bfloat16 or float16; any number of rows M, also none.
@@ -71,10 +72,15 @@ def low_rank_linear(
             )  # fmt: skip
             if y is not None:
                 return y
+        if x.is_nested or (backend is None and in_onnx_export()):
+            plain = (down.to_dense(), up.to_dense())
+            return low_rank_linear_reference(x, *plain, bias, activation)
         return _through_blocks(x, down, up, bias, activation_code(activation), backend)
     if isinstance(down, BlockSparse) or isinstance(up, BlockSparse):
         raise ValueError("down, up: expected both in blocks or none, got one")
     code, thin, wide, device = activation_code(activation), down, up, x.device.type
+    if x.is_nested or (backend is None and in_onnx_export()):
+        return low_rank_linear_reference(x, down, up, bias, activation)
     if torch.is_autocast_enabled(device):
         x, thin, wide, bias = autocast(x, thin, wide, bias)
     chosen = choose("low_rank_linear", device, x, {"down": thin, "up": wide}, backend)
