@@ -18,6 +18,7 @@ from prunelm.ops.activation import (
 )
 from prunelm.ops.backend import autocast, choose
 from prunelm.ops.block_sparse_linear import block_sparse_linear
+from prunelm.ops.tensors import check_one_device, check_tensors
 from prunelm.sparse import BlockSparse
 
 _OP = torch.ops.prunelm.low_rank_linear.default  # an overload found once saves a look-up
@@ -74,6 +75,7 @@ def low_rank_linear(
         return _through_blocks(x, down, up, bias, activation_code(activation), backend)
     if isinstance(down, BlockSparse) or isinstance(up, BlockSparse):
         raise ValueError("down, up: expected both in blocks or none, got one")
+    check_tensors(x=x, down=down, up=up, bias=bias)
     code, thin, wide, device = activation_code(activation), down, up, x.device.type
     if torch.is_autocast_enabled(device):
         x, thin, wide, bias = autocast(x, thin, wide, bias)
@@ -92,6 +94,9 @@ def _through_blocks(
     code: int,
     backend: str | None,
 ) -> Tensor:
+    factors = {f"down.{name}": getattr(down, name) for name in ("values", "crow", "col")}
+    factors |= {f"up.{name}": getattr(up, name) for name in ("values", "crow", "col")}
+    check_tensors(x=x, **factors, bias=bias)
     thin, wide, device = down.values, up.values, x.device.type
     on_gpu = device == "cuda" if backend is None else backend in ("cuda", "triton")
     needs_grad = torch.is_grad_enabled() and any(
@@ -120,6 +125,7 @@ def low_rank_linear_reference(
     activation: str | None = None,
 ) -> Tensor:
     """low_rank_linear in plain torch."""
+    check_tensors(x=x, down=down, up=up, bias=bias)
     bias = None if bias is None else bias.to(x.dtype)
     return activate(F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype), bias), activation)
 
@@ -137,6 +143,7 @@ def _triton(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation
 @_triton.register_fake
 @torch.library.register_fake("prunelm::low_rank_linear")
 def _fake(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: int) -> Tensor:
+    check_one_device({"x": x, "down": down, "up": up, "bias": bias})
     return x.new_empty((*x.shape[:-1], up.shape[0]))
 
 
@@ -154,6 +161,9 @@ def _fake_blocks(
     out_features: int,
     activation: int,
 ) -> Tensor:
+    thin = {"down_values": down_values, "down_crow": down_crow, "down_col": down_col}
+    wide = {"up_values": up_values, "up_crow": up_crow, "up_col": up_col}
+    check_one_device({"x": x, **thin, **wide, "bias": bias})
     return x.new_empty((*x.shape[:-1], out_features))
 
 
@@ -164,7 +174,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, down, up, bias = ctx.saved_tensors
-    flat = x.reshape(-1, x.shape[-1]).to(down.dtype)  # [M, K]
+    check_tensors(grad=grad, x=x, down=down, up=up, bias=bias)
+    M = math.prod(x.shape[:-1])
+    flat = x.reshape(M, x.shape[-1]).to(down.dtype)  # [M, K]
     z = None
     if x.is_cuda and (ctx.activation or ctx.needs_input_grad[2]):
         z = flat @ down.T  # [M, R]
@@ -174,7 +186,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         else:
             before = torch.ops.prunelm.low_rank_linear(x, down, up, bias, 0)
         grad = activation_gradient(grad, before, ctx.activation)
-    rows = grad.reshape(-1, grad.shape[-1]).to(up.dtype)  # [M, N]
+    rows = grad.reshape(M, grad.shape[-1]).to(up.dtype)  # [M, N]
     middle = rows @ up  # [M, R]
     grad_x = grad_down = grad_up = grad_bias = None
     if ctx.needs_input_grad[0]:
