@@ -111,9 +111,12 @@ class PrefixTree:
         Returns:
             The first utterance where a score became NaN or +inf, or -1.
         """
-        arrays = _arrays(parent=step.parent, token=step.token, score=step.score, parts=step.parts)
+        _check_step(step)
+        parent, token, score, parts = _arrays(
+            parent=step.parent, token=step.token, score=step.score, parts=step.parts
+        )
         added = None if values is None else _arrays(values=values)[0]
-        return self._tree.advance(time, *arrays, added)
+        return self._tree.advance(time, parent, token, score, parts, added)
 
     def take_new(self, context: int | None) -> NewRows:
         """Nodes that the predictor has not seen; context None: their whole prefix from the root."""

@@ -94,9 +94,9 @@ def _through_blocks(
     code: int,
     backend: str | None,
 ) -> Tensor:
-    factors = {f"down.{name}": getattr(down, name) for name in ("values", "crow", "col")}
-    factors |= {f"up.{name}": getattr(up, name) for name in ("values", "crow", "col")}
-    check_tensors(x=x, **factors, bias=bias)
+    parts = {f"down.{name}": getattr(down, name) for name in ("values", "crow", "col")}
+    parts |= {f"up.{name}": getattr(up, name) for name in ("values", "crow", "col")}
+    check_tensors(x=x, **parts, bias=bias)
     thin, wide, device = down.values, up.values, x.device.type
     on_gpu = device == "cuda" if backend is None else backend in ("cuda", "triton")
     needs_grad = torch.is_grad_enabled() and any(
