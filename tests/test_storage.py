@@ -239,7 +239,7 @@ def test_readable_is_said_of_plain_tensors_only() -> None:
     for wrong in (
         freed(x),
         shrunk(x),
-        freed(x)[2:],
+        freed(x[2:]),
         x.to_sparse(),
         1,
         torch.zeros(2, device="meta"),

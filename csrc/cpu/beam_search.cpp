@@ -271,6 +271,8 @@ class Step {
       if (log_prob(w, v) != kNone) bad_ = true;
       increment = kNone;
     }
+    // What fills a short row up is -inf, and NaN after weights or rewards that are no numbers.
+    std::fill(work_.increment.begin() + shape_.V, work_.increment.end(), kNone);
   }
 
   // Of term i's row for hypothesis w; NaN where there is none.

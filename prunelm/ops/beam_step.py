@@ -223,7 +223,7 @@ def _reference(
     weigh_blank: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     W, V = am_logits.shape[1:]
-    _check_numbers(score, rows, row, slot, silent, temperature, V)
+    _check_numbers(score, rows, row, slot, silent, temperature, W, V)
     slot = torch.zeros_like(score, dtype=torch.int64) if slot is None else slot
     live = (slot != DEAD) & (score != -torch.inf)
     expands = live & (slot == EXPAND)
@@ -288,9 +288,12 @@ def _check_numbers(
     slot: Tensor | None,
     silent: list[int],
     temperature: float,
+    W: int,
     V: int,
 ) -> None:
     """As the compiled op does, where looking costs no wait for a device and nothing is traced."""
+    if W < 1 or V < 1:
+        raise RuntimeError(f"am_logits: expected W and V of at least 1, got {[len(score), W, V]}")
     if not silent:
         raise RuntimeError("silent: expected at least the blank token, got none")
     for token in silent:

@@ -75,7 +75,7 @@ def rnnt_loss_reference(
                 if ways:
                     alpha[t, u] = torch.stack(ways).logsumexp(0)
         losses.append(-(alpha[frames - 1, tokens] + log_probs[b, frames - 1, tokens, blank]))
-    return torch.stack(losses) if losses else logits.new_zeros(0)
+    return torch.stack(losses) if losses else logits.sum((1, 2, 3))
 
 
 @torch.library.register_fake("prunelm::rnnt_loss")
