@@ -18,6 +18,7 @@ from prunelm.ops.activation import (
 )
 from prunelm.ops.backend import autocast, choose, in_onnx_export
 from prunelm.ops.block_sparse_linear import block_sparse_linear
+from prunelm.ops.tensors import check_one_device, check_tensors
 from prunelm.sparse import BlockSparse
 
 _OP = torch.ops.prunelm.low_rank_linear.default  # an overload found once saves a look-up
@@ -78,6 +79,7 @@ def low_rank_linear(
         return _through_blocks(x, down, up, bias, activation_code(activation), backend)
     if isinstance(down, BlockSparse) or isinstance(up, BlockSparse):
         raise ValueError("down, up: expected both in blocks or none, got one")
+    check_tensors(x=x, down=down, up=up, bias=bias)
     code, thin, wide, device = activation_code(activation), down, up, x.device.type
     if x.is_nested or (backend is None and in_onnx_export()):
         return low_rank_linear_reference(x, down, up, bias, activation)
@@ -98,6 +100,9 @@ def _through_blocks(
     code: int,
     backend: str | None,
 ) -> Tensor:
+    parts = {f"down.{name}": getattr(down, name) for name in ("values", "crow", "col")}
+    parts |= {f"up.{name}": getattr(up, name) for name in ("values", "crow", "col")}
+    check_tensors(x=x, **parts, bias=bias)
     thin, wide, device = down.values, up.values, x.device.type
     on_gpu = device == "cuda" if backend is None else backend in ("cuda", "triton")
     needs_grad = torch.is_grad_enabled() and any(
@@ -126,6 +131,7 @@ def low_rank_linear_reference(
     activation: str | None = None,
 ) -> Tensor:
     """low_rank_linear in plain torch."""
+    check_tensors(x=x, down=down, up=up, bias=bias)
     bias = None if bias is None else bias.to(x.dtype)
     return activate(F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype), bias), activation)
 
@@ -143,6 +149,7 @@ def _triton(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation
 @_triton.register_fake
 @torch.library.register_fake("prunelm::low_rank_linear")
 def _fake(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: int) -> Tensor:
+    check_one_device({"x": x, "down": down, "up": up, "bias": bias})
     return x.new_empty((*x.shape[:-1], up.shape[0]))
 
 
@@ -160,6 +167,9 @@ def _fake_blocks(
     out_features: int,
     activation: int,
 ) -> Tensor:
+    thin = {"down_values": down_values, "down_crow": down_crow, "down_col": down_col}
+    wide = {"up_values": up_values, "up_crow": up_crow, "up_col": up_col}
+    check_one_device({"x": x, **thin, **wide, "bias": bias})
     return x.new_empty((*x.shape[:-1], out_features))
 
 
@@ -170,7 +180,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, down, up, bias = ctx.saved_tensors
-    flat = x.reshape(-1, x.shape[-1]).to(down.dtype)  # [M, K]
+    check_tensors(grad=grad, x=x, down=down, up=up, bias=bias)
+    M = math.prod(x.shape[:-1])
+    flat = x.reshape(M, x.shape[-1]).to(down.dtype)  # [M, K]
     z = None
     if x.is_cuda and (ctx.activation or ctx.needs_input_grad[2]):
         z = flat @ down.T  # [M, R]
@@ -180,7 +192,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         else:
             before = torch.ops.prunelm.low_rank_linear(x, down, up, bias, 0)
         grad = activation_gradient(grad, before, ctx.activation)
-    rows = grad.reshape(-1, grad.shape[-1]).to(up.dtype)  # [M, N]
+    rows = grad.reshape(M, grad.shape[-1]).to(up.dtype)  # [M, N]
     middle = rows @ up  # [M, R]
     grad_x = grad_down = grad_up = grad_bias = None
     if ctx.needs_input_grad[0]:
