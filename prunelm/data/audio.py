@@ -24,7 +24,7 @@ _BLOCK = 1 << 20  # samples of all channels that are read at a time
 _QUIET_SECONDS = 0.1  # of the stretch whose energy says how quiet a place is
 
 
-def read_audio(path: Path | str, rate: int = 16000, *, channel: int | None = None) -> Tensor:
+def read_audio(path: Path | str, rate: int = 16000, channel: int | None = None) -> Tensor:
     """[S] float32 samples at `rate`, in [-1, 1] but for files of floats that hold more.
 
     A file at another rate is resampled. The first file of each other rate, and the first of several

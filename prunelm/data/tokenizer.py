@@ -89,7 +89,7 @@ class Tokenizer:
         if fingerprint != self.fingerprint:
             raise ValueError(
                 f"{owner}: expected the vocabulary {self.fingerprint} of the tokenizer in use, "
-                f"got {fingerprint}"
+                f"got {shown(fingerprint)}"
             )
 
     def save(self, path: Path | str) -> None:

@@ -9,7 +9,6 @@ saves never pass for one model.
 import hashlib
 import importlib
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunelm.data.files import replace_file
+from prunelm.data.files import replace_file, require_file, shown
 from prunelm.data.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -98,15 +97,21 @@ def load_model(
     own.check(info["tokenizer"], f"{folder / 'model.json'}")
     if tokenizer is not None:
         tokenizer.check(own.fingerprint, str(folder))
-    weights = _read_weights(folder / "model.safetensors", info["weights"])
+    source = folder / "model.safetensors"
+    weights = _read_weights(source, info["weights"])
     module_name, model_name, config_name = _KINDS[info["kind"]]
     module = importlib.import_module(module_name)
     try:
         config = getattr(module, config_name).from_dict(info["config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / 'model.json'}: {error}") from None
+        # Without memory, so that a config of another size is refused before any is taken.
+        with torch.device("meta"):
+            check_weights(getattr(module, model_name)(config), weights, str(source))
+    except (KeyError, TypeError, OverflowError, AttributeError, RuntimeError, ValueError) as error:
+        if str(source) in str(error):
+            raise
+        raise ValueError(f"{folder / 'model.json'}: config: {_one_line(error)}") from None
     model: nn.Module = getattr(module, model_name)(config)
-    copy_weights(model, weights, str(folder / "model.safetensors"))
+    copy_weights(model, weights, str(source))
     return model.eval(), own, info
 
 
@@ -123,6 +128,14 @@ def untied_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def copy_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Copies weights into a model; ValueError, naming `source`, unless names and shapes agree."""
+    check_weights(model, weights, source)
+    with torch.no_grad():
+        for name, tensor in untied_weights(model).items():
+            tensor.copy_(weights[name])
+
+
+def check_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """ValueError, naming `source`, unless weights have a model's names and shapes."""
     wanted = untied_weights(model)
     for name in [*wanted, *weights]:
         if name not in weights or name not in wanted:
@@ -134,9 +147,6 @@ def copy_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
                 f"{source}: expected {name} of shape {tuple(wanted[name].shape)}, "
                 f"got {tuple(weights[name].shape)}"
             )
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(weights[name])
 
 
 def save_state(path: Path | str, state: Mapping[str, Any]) -> None:
@@ -147,13 +157,14 @@ def save_state(path: Path | str, state: Mapping[str, Any]) -> None:
 
 def load_state(path: Path | str) -> dict[str, Any]:
     """Reads what `save_state` wrote; ValueError where the file is cut short or something else."""
+    path = require_file("training state", path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError):
-        size = Path(path).stat().st_size
+    except Exception as error:  # damaged bytes lead the unpickler to any of them
+        size = path.stat().st_size
         raise ValueError(
-            f"{path}: expected a whole training state, got {size} bytes that do not read as one; "
-            "remove it to start again"
+            f"{path}: expected a whole training state, got {size} bytes that do not read as one "
+            f"({type(error).__name__}); remove it to start again"
         ) from None
     if not isinstance(state, dict):
         raise ValueError(f"{path}: expected a training state, got {type(state).__name__}")
@@ -168,25 +179,34 @@ def _kind(model: nn.Module) -> str:
     raise ValueError(f"model: expected a TransformerLM or a Transducer, got {name}")
 
 
+def _one_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return shown(lines[0]) if lines else type(error).__name__
+
+
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"model: expected a file, got {path}")
+    require_file("model", path)
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{path}: expected JSON, got a file cut short or changed") from None
     fields = {"format", "kind", "config", "tokenizer", "weights", "extra"}
     if not isinstance(info, dict) or not fields <= set(info):
         raise ValueError(f"{path}: expected the fields {sorted(fields)}, got other ones")
     if info["format"] != FORMAT:
-        raise ValueError(f"{path}: expected format {FORMAT}, got {info['format']}")
-    if info["kind"] not in _KINDS:
-        raise ValueError(f"{path}: expected a kind of {sorted(_KINDS)}, got {info['kind']!r}")
+        raise ValueError(f"{path}: expected format {FORMAT}, got {shown(info['format'])}")
+    if not isinstance(info["kind"], str) or info["kind"] not in _KINDS:
+        raise ValueError(
+            f"{path}: expected a kind of {sorted(_KINDS)}, got {shown(repr(info['kind']))}"
+        )
+    for name in ("config", "extra"):
+        if not isinstance(info[name], dict):
+            raise ValueError(f"{path}: expected {name} as an object, got {shown(info[name])}")
     return info
 
 
@@ -194,8 +214,7 @@ def _read_weights(path: Path, digest: str) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not path.is_file():
-        raise FileNotFoundError(f"model: expected a file, got {path}")
+    require_file("model", path)
     try:
         weights: dict[str, Tensor] = load_file(path)
     except SafetensorError:
@@ -203,5 +222,5 @@ def _read_weights(path: Path, digest: str) -> dict[str, Tensor]:
         raise ValueError(f"{path}: expected whole weights, got {size} bytes cut short") from None
     found = _digest(path)
     if found != digest:
-        raise ValueError(f"{path}: expected the weights {digest} of model.json, got {found}")
+        raise ValueError(f"{path}: expected the weights {shown(digest)} of model.json, got {found}")
     return weights
