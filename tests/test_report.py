@@ -104,10 +104,21 @@ def test_table_says_the_numbers() -> None:
 
 def test_terminal_table_has_every_row_and_its_brackets() -> None:
     shown = io.StringIO()
-    Console(width=200, file=shown).print(text_table(made_up()))
+    Console(width=200, file=shown).print(text_table(made_up(), 200))
     text = shown.getvalue()
     assert "[24.0, 27.0]" in text and "[28.0, 31.0]" in text
     assert all(row.name in text for row in made_up().rows)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 160])
+def test_terminal_table_is_whole_at_any_width(width: int) -> None:
+    shown = io.StringIO()
+    Console(width=width, file=shown).print(text_table(made_up(), width))
+    text = shown.getvalue()
+    assert all(len(line) <= width for line in text.splitlines()) and "\u2026" not in text
+    assert "[28.0, 31.0]" in text and "250 (25%)" in text
+    assert ("4.00\u00d7" in text) == (width >= 80)
+    assert ("not shown for want of width" in text) == ("Plain torch" not in text.split("not")[0])
 
 
 def test_report_is_made_of_what_is_finished(tmp_path: Path) -> None:

@@ -23,7 +23,12 @@ _MARKERS = re.compile(r"</?s>|<sil>|\+\+\w+\+\+", re.IGNORECASE)
 
 
 def load_corpus(
-    kind: str, folder: Path | str, split: str, transcripts: Transcripts = "required"
+    kind: str,
+    folder: Path | str,
+    split: str,
+    transcripts: Transcripts = "required",
+    *,
+    present: bool = True,
 ) -> list[Utterance]:
     """Utterances of one split of a corpus, in the corpus's order.
 
@@ -38,9 +43,11 @@ def load_corpus(
             there may be none, and `Utterance.transcript` is None then (for decoding): a manifest
             without a column text, librispeech without `*.trans.txt`, an4 without
             `.transcription`, ljspeech without `metadata.csv`.
+        present: whether all recordings must be there.
 
     Raises:
-        FileNotFoundError: the folder, a list or a recording is missing; names the first.
+        FileNotFoundError: the folder, a list or, if `present`, a recording is missing; names the
+            first.
         ValueError: an unknown kind, a list that cannot be read, or an empty transcript.
     """
     if kind not in _LOADERS:
@@ -62,7 +69,7 @@ def load_corpus(
             f"got {len(empty)} empty, the first of {empty[0]}"
         )
     missing = [each for each in utterances if not _is_file(each.audio_path)]
-    if missing:
+    if missing and present:
         raise FileNotFoundError(
             f"{source}: expected {len(utterances)} recordings, got {len(missing)} missing, "
             f"the first {shown(missing[0].audio_path)}"

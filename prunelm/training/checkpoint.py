@@ -87,7 +87,8 @@ def load_model(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is cut short or of another save, kind, format or vocabulary.
+        ValueError: a file is cut short or of another save, kind, format or vocabulary, or a weight
+            is not finite.
     """
     folder = Path(folder)
     info = _read_json(folder / "model.json")
@@ -99,6 +100,9 @@ def load_model(
         tokenizer.check(own.fingerprint, str(folder))
     source = folder / "model.safetensors"
     weights = _read_weights(source, info["weights"])
+    for name, tensor in weights.items():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{source}: expected finite weights, got NaN or infinity in {name}")
     module_name, model_name, config_name = _KINDS[info["kind"]]
     module = importlib.import_module(module_name)
     try:
