@@ -116,6 +116,27 @@ def test_a_flac_from_a_pipe_is_read(tmp_path: Path) -> None:
         read_audio(path)
 
 
+def test_an_mp3_without_its_length_is_whole_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp3"
+    for rate in (16000, 44100):
+        soundfile.write(path, tones(seconds=2.0, rate=rate), rate, format="MP3")
+        data = path.read_bytes()
+        assert b"Xing" in data[:200] or b"Info" in data[:200]
+        assert len(read_audio(path, rate)) == 2 * rate
+        bare = data[data.index(data[:2], 2) :]
+        for tail in (b"", b"TAG" + bytes(125)):
+            path.write_bytes(bare + tail)
+            try:
+                assert len(read_audio(path, rate)) >= 1.9 * rate
+            except ValueError as error:
+                assert "misreads an MP3 file without a Xing header" in str(error)
+        path.write_bytes(bare[: len(bare) // 2])
+        with pytest.raises(ValueError, match=r"a.mp3: expected \d+ more bytes .* is cut short"):
+            read_audio(path)
+        path.write_bytes(b"ID3\4\0\0\0\0\0\4abcd" + data)
+        assert len(read_audio(path, rate)) == 2 * rate
+
+
 def test_what_is_no_recording_is_named(tmp_path: Path) -> None:
     (tmp_path / "text.wav").write_text("no audio")
     (tmp_path / "empty.wav").write_bytes(b"")

@@ -2,7 +2,9 @@ from pathlib import Path
 
 import pytest
 
+import prunelm
 from prunelm.data.files import replace_file
+from prunelm.data.lines import read_lines
 from prunelm.data.tokenizer import Tokenizer
 
 LINES = ["it's a quick brown fox", "jumps over the lazy dog", "zero o'clock, the end"] * 20
@@ -142,3 +144,22 @@ def test_half_a_surrogate_pair_is_refused(characters: Tokenizer) -> None:
         characters.encode_lines(["a", "\ud800"])
     with pytest.raises(ValueError, match=message + "2"):
         Tokenizer.train(["a", "\ud800"], 10)
+
+
+def test_clean_text_has_the_ids_that_sentencepiece_gives() -> None:
+    import sentencepiece
+
+    demo = Path(prunelm.__file__).parent / "demo"
+    tokenizer = Tokenizer.load(demo / "lm" / "tokenizer.model")
+    plain = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+    lines = [*read_lines(demo / "test.txt"), "  two  spaces ", "Capitals, too", "caf\u00e9"]
+    assert [tokenizer.encode(line) for line in lines] == [plain.EncodeAsIds(x) for x in lines]
+    assert tokenizer.encode_lines(lines, 2) == [plain.EncodeAsIds(x) for x in lines]
+
+
+def test_a_line_without_end_trains_as_its_parts_do() -> None:
+    words = [f"word{i % 97}" for i in range(100_000)]
+    parts = [" ".join(words[i : i + 50]) for i in range(0, len(words), 50)]
+    for kind in ("char", "unigram"):
+        tokenizer = Tokenizer.train([" ".join(words)], 22, kind)
+        assert tokenizer.decode(tokenizer.encode(parts[7])) == parts[7]

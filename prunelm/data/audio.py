@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prunelm.data import mp3
 from prunelm.data.containers import missing_bytes, streamed_wav
 from prunelm.data.files import require_file
 from prunelm.data.resampling import resample
@@ -24,7 +25,7 @@ _BLOCK = 1 << 20  # samples of all channels that are read at a time
 _QUIET_SECONDS = 0.1  # of the stretch whose energy says how quiet a place is
 
 
-def read_audio(path: Path | str, rate: int = 16000, *, channel: int | None = None) -> Tensor:
+def read_audio(path: Path | str, rate: int = 16000, channel: int | None = None) -> Tensor:
     """[S] float32 samples at `rate`, in [-1, 1] but for files of floats that hold more.
 
     A file at another rate is resampled. The first file of each other rate, and the first of several
@@ -44,6 +45,13 @@ def read_audio(path: Path | str, rate: int = 16000, *, channel: int | None = Non
             raise ValueError(f"{path}: channel: expected 0 to {file.channels - 1}, got {channel}")
         found, channels, declared = file.samplerate, file.channels, file.frames
         samples = np.concatenate([*_blocks(file, channel), np.zeros(0, np.float32)])
+    layers = mp3.frames(path)
+    # Encoders put up to three frames around what they were given, which decoders take away.
+    if layers is not None and len(samples) < layers[0] - 4 * 1152:
+        raise ValueError(
+            f"{path}: expected about {layers[0]} samples, got {len(samples)} from libsndfile, "
+            "which misreads an MP3 file without a Xing header; convert it to WAV or FLAC"
+        )
     if len(samples) < declared < 1 << 62:
         raise ValueError(
             f"{path}: expected {declared} samples, as its header says, got {len(samples)}: "
@@ -137,6 +145,9 @@ def _opened(path: Path) -> Iterator[Any]:
             return False
 
     missing = missing_bytes(path)
+    layers = mp3.frames(path)
+    if layers is not None:
+        missing = layers[1]
     if missing:
         raise ValueError(f"{path}: expected {missing} more bytes of audio: the file is cut short")
     streamed = streamed_wav(path)

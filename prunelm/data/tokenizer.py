@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from prunelm.data.files import replace_file, require_file, shown
+from prunelm.data.lines import LONGEST_LINE, cut_line
 
 BOUNDARY = 0
 """The LM's start and end of a line, and the transducer's blank."""
@@ -89,7 +90,7 @@ class Tokenizer:
         if fingerprint != self.fingerprint:
             raise ValueError(
                 f"{owner}: expected the vocabulary {self.fingerprint} of the tokenizer in use, "
-                f"got {fingerprint}"
+                f"got {shown(fingerprint)}"
             )
 
     def save(self, path: Path | str) -> None:
@@ -113,7 +114,7 @@ class Tokenizer:
         """Trains on lines of normalised text; equal lines give an equal tokenizer.
 
         Args:
-            lines: every character in them gets an id.
+            lines: every character in them gets an id; lines longer than `LONGEST_LINE` are cut.
             vocab_size: ids in all for "unigram", the most that there may be for "char".
             kind: "char" or "unigram" (Kudo 2018, arXiv 1804.10959).
 
@@ -126,7 +127,7 @@ class Tokenizer:
         if kind not in ("char", "unigram"):
             raise ValueError(f"kind: expected char or unigram, got {kind!r}")
         plain = [_OTHER_SPACE.sub(" ", line).strip() for line in lines]
-        kept = [line for line in plain if line]
+        kept = [part for line in plain if line for part in cut_line(line, LONGEST_LINE)]
         _refuse_surrogates(kept)
         if not kept:
             raise ValueError("lines: expected at least one line that is not empty, got none")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunelm.data.files import replace_file
+from prunelm.data.files import replace_file, shown
 from prunelm.data.tokenizer import Tokenizer
 from prunelm.nn import refuse_accelerated
 from prunelm.pruning.resizing import numbers_of, resize
@@ -181,18 +181,27 @@ def load_result(folder: Path | str, model: nn.Module | None = None) -> Result:
     else:
         loaded = _filled(model, folder, info)
     masks = read_masks(Path(folder) / "masks.safetensors", loaded)
-    return Result(
-        model=loaded,
-        masks=masks,
-        tokenizer=tokenizer,
-        target=values["target"],
-        asked=values["asked"],
-        size=values["size"],
-        dense_size=values["dense_size"],
-        rounds=tuple(Round(**each) for each in values["rounds"]),
-        settings=values["settings"],
-        metric_dense=values["metric_dense"],
-    )
+    try:
+        rounds = tuple(Round(**each) for each in values["rounds"])
+        result = Result(
+            model=loaded,
+            masks=masks,
+            tokenizer=tokenizer,
+            target=values["target"],
+            asked=values["asked"],
+            size=values["size"],
+            dense_size=values["dense_size"],
+            rounds=rounds,
+            settings=values["settings"],
+            metric_dense=values["metric_dense"],
+        )
+        result.report()
+    except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise ValueError(
+            f"{Path(folder) / 'model.json'}: expected a whole pruning record, got one changed or "
+            f"of another version ({type(error).__name__}: {shown(error)})"
+        ) from None
+    return result
 
 
 def _filled(model: nn.Module, folder: Path | str, info: Mapping[str, Any]) -> nn.Module:

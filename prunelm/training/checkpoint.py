@@ -10,7 +10,6 @@ config is what the caller wants back. Without a tokenizer there is no such file 
 import hashlib
 import importlib
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunelm.data.files import replace_file
+from prunelm.data.files import replace_file, require_file, shown
 from prunelm.data.tokenizer import Tokenizer
 from prunelm.nn import refuse_accelerated
 
@@ -160,15 +159,20 @@ def read_weights(folder: Path | str, info: Mapping[str, Any]) -> dict[str, Tenso
 
 def build_model(folder: Path | str, info: Mapping[str, Any]) -> nn.Module:
     """The model of a config with its weights; raises as `load_model`."""
-    folder, weights = Path(folder), read_weights(folder, info)
+    source, weights = Path(folder) / "model.safetensors", read_weights(folder, info)
     module_name, model_name, config_name = _KINDS[info["kind"]]
     module = importlib.import_module(module_name)
     try:
         config = getattr(module, config_name).from_dict(info["config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / 'model.json'}: {error}") from None
+        # Without memory, so that a config of another size is refused before any is taken.
+        with torch.device("meta"):
+            check_weights(getattr(module, model_name)(config), weights, str(source))
+    except (KeyError, TypeError, OverflowError, AttributeError, RuntimeError, ValueError) as error:
+        if str(source) in str(error):
+            raise
+        raise ValueError(f"{Path(folder) / 'model.json'}: config: {_one_line(error)}") from None
     model: nn.Module = getattr(module, model_name)(config)
-    copy_weights(model, weights, str(folder / "model.safetensors"))
+    copy_weights(model, weights, str(source))
     return model.eval()
 
 
@@ -185,6 +189,14 @@ def untied_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def copy_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Copies weights into a model; ValueError, naming `source`, unless names and shapes agree."""
+    check_weights(model, weights, source)
+    with torch.no_grad():
+        for name, tensor in untied_weights(model).items():
+            tensor.copy_(weights[name])
+
+
+def check_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """ValueError, naming `source`, unless weights have a model's names and shapes."""
     wanted = untied_weights(model)
     for name in [*wanted, *weights]:
         if name not in weights or name not in wanted:
@@ -196,9 +208,6 @@ def copy_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
                 f"{source}: expected {name} of shape {tuple(wanted[name].shape)}, "
                 f"got {tuple(weights[name].shape)}"
             )
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(weights[name])
 
 
 def save_state(path: Path | str, state: Mapping[str, Any]) -> None:
@@ -209,13 +218,14 @@ def save_state(path: Path | str, state: Mapping[str, Any]) -> None:
 
 def load_state(path: Path | str) -> dict[str, Any]:
     """Reads what `save_state` wrote; ValueError where the file is cut short or something else."""
+    path = require_file("training state", path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError):
-        size = Path(path).stat().st_size
+    except Exception as error:  # damaged bytes lead the unpickler to any of them
+        size = path.stat().st_size
         raise ValueError(
-            f"{path}: expected a whole training state, got {size} bytes that do not read as one; "
-            "remove it to start again"
+            f"{path}: expected a whole training state, got {size} bytes that do not read as one "
+            f"({type(error).__name__}); remove it to start again"
         ) from None
     if not isinstance(state, dict):
         raise ValueError(f"{path}: expected a training state, got {type(state).__name__}")
@@ -231,26 +241,33 @@ def kind_of(model: nn.Module) -> str:
     return OWN
 
 
+def _one_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return shown(lines[0]) if lines else type(error).__name__
+
+
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"model: expected a file, got {path}")
+    require_file("model", path)
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{path}: expected JSON, got a file cut short or changed") from None
     fields = {"format", "kind", "config", "tokenizer", "weights", "extra"}
     if not isinstance(info, dict) or not fields <= set(info):
         raise ValueError(f"{path}: expected the fields {sorted(fields)}, got other ones")
     if info["format"] != FORMAT:
-        raise ValueError(f"{path}: expected format {FORMAT}, got {info['format']}")
-    if info["kind"] not in (*_KINDS, OWN):
-        kinds = sorted((*_KINDS, OWN))
-        raise ValueError(f"{path}: expected a kind of {kinds}, got {info['kind']!r}")
+        raise ValueError(f"{path}: expected format {FORMAT}, got {shown(info['format'])}")
+    kinds = sorted((*_KINDS, OWN))
+    if not isinstance(info["kind"], str) or info["kind"] not in kinds:
+        raise ValueError(f"{path}: expected a kind of {kinds}, got {shown(repr(info['kind']))}")
+    for name in ("config", "extra"):
+        if not isinstance(info[name], dict):
+            raise ValueError(f"{path}: expected {name} as an object, got {shown(info[name])}")
     return info
 
 
@@ -258,8 +275,7 @@ def _read_weights(path: Path, digest: str) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not path.is_file():
-        raise FileNotFoundError(f"model: expected a file, got {path}")
+    require_file("model", path)
     try:
         weights: dict[str, Tensor] = load_file(path)
     except SafetensorError:
@@ -267,5 +283,5 @@ def _read_weights(path: Path, digest: str) -> dict[str, Tensor]:
         raise ValueError(f"{path}: expected whole weights, got {size} bytes cut short") from None
     found = _digest(path)
     if found != digest:
-        raise ValueError(f"{path}: expected the weights {digest} of model.json, got {found}")
+        raise ValueError(f"{path}: expected the weights {shown(digest)} of model.json, got {found}")
     return weights
