@@ -316,6 +316,18 @@ def test_accelerated_models_are_copied_saved_and_read() -> None:
         assert torch.equal(twin(x), fast(x))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_wrapped_models_are_accelerated_and_scripts_refused() -> None:
+    model, x = zeroed(nn.Sequential(nn.Linear(64, 48), nn.ReLU())), torch.randn(3, 64)
+    for wrapped in (torch.compile(model, backend="eager"), nn.DataParallel(model)):
+        fast = accelerate(wrapped, dense=True)
+        assert is_accelerated(fast)
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="model: expected a module, got a script of one"):
+        accelerate(torch.jit.script(model))
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_accelerated_models_are_traced_and_exported() -> None:
     model = zeroed(nn.Sequential(nn.Linear(64, 48), nn.ReLU(), LowRankLinear(48, 64, 3)))
     x, other = torch.randn(3, 64), torch.randn(3, 64)

@@ -141,7 +141,7 @@ class Pruner:
         if not asked or any(b >= a for a, b in itertools.pairwise(asked)):
             raise ValueError(f"targets: expected falling sizes, got {list(targets)}")
         self._refuse_unreachable(model, masks or {}, asked[-1])
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
             journal = Journal(Path(folder) if folder is not None else None)
             journal.claim(model, self.settings(), asked)
             run = _Run(self, model, Calibration(data, loss), validate, masks or {}, journal)
@@ -172,14 +172,17 @@ class Pruner:
         masks = masks or {}
         dense_size = count_parameters(model, masks)
         asked = parse_target(target, dense_size)
-        prepared = self.method.prepare(model)
+        with torch.inference_mode(False):  # for gradients of what is made here
+            prepared = self.method.prepare(model)
         groups = self.method.groups(prepared, masks)
         least = smallest(prepared, groups, masks)
         if least > asked:
             advice = unreachable_line(prepared, groups, masks, asked)
             return Plan(target, asked, least, dense_size, least, {}, {}, advice)
         criterion = self.criterion if data or not self.criterion.batches else Magnitude()
-        scores = criterion.score(prepared, groups, Calibration(data, loss, _seed(self.seed, 0)))
+        evidence = Calibration(data, loss, _seed(self.seed, 0))
+        with torch.inference_mode(False):
+            scores = criterion.score(prepared, groups, evidence)
         keep = choose(prepared, groups, scores, masks, asked)
         size = Ledger(prepared, groups, masks).size(keep)
         places = {
