@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunelm.data.tokenizer import Tokenizer
+from prunelm.pruning.architecture import Architecture
 from prunelm.pruning.budget import Ledger, count_parameters, parse_target, smallest
 from prunelm.pruning.budget import unreachable as unreachable_line
 from prunelm.pruning.calibration import (
@@ -23,7 +24,7 @@ from prunelm.pruning.calibration import (
 )
 from prunelm.pruning.compact import remove
 from prunelm.pruning.criteria import Magnitude, Taylor
-from prunelm.pruning.groups import Architecture, Criterion, Groups, Method, Schedule
+from prunelm.pruning.groups import Criterion, Groups, Method, Schedule
 from prunelm.pruning.journal import Entry, Journal
 from prunelm.pruning.methods import Joined
 from prunelm.pruning.recovery import Recovery, Wound

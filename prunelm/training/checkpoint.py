@@ -3,7 +3,8 @@
 A model is a folder: `model.safetensors` (each tied tensor once), `tokenizer.model`, and
 `model.json` with the format's number, the kind, the config, the tokenizer's fingerprint and what
 the caller adds. The json is written last and holds a digest of the weights, so that files of two
-saves never pass for one model.
+saves never pass for one model. Weights of a module of another make are of kind "module"; their
+config is what the caller wants back. Without a tokenizer there is no such file and no fingerprint.
 """
 
 import hashlib
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 
 from prunelm.data.files import replace_file, require_file, shown
 from prunelm.data.tokenizer import Tokenizer
+from prunelm.nn import refuse_accelerated
 
 FORMAT = 1
+OWN = "module"
 _KINDS = {
     "lm": ("prunelm.models.lm", "TransformerLM", "LMConfig"),
     "transducer": ("prunelm.models.transducer", "Transducer", "TransducerConfig"),
@@ -42,16 +45,33 @@ def save_model(
         dtype: what floats are stored as, such as torch.float16; None: as they are.
 
     Raises:
-        ValueError: another kind of model, another vocabulary, or a weight that `dtype` cannot hold.
+        ValueError: another kind of model, an accelerated one, another vocabulary, or a weight that
+            `dtype` cannot hold.
     """
+    kind = kind_of(model)
+    if kind == OWN:
+        name = type(model).__name__
+        raise ValueError(f"model: expected a TransformerLM or a Transducer, got {name}")
+    save_weights(folder, model, model.config.to_dict(), tokenizer, extra, dtype=dtype)  # type: ignore[operator,union-attr]
+
+
+def save_weights(
+    folder: Path | str,
+    model: nn.Module,
+    config: Mapping[str, Any],
+    tokenizer: Tokenizer | None,
+    extra: Mapping[str, Any] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """As `save_model`, for any module and also without a tokenizer; `config` are JSON values."""
     from safetensors.torch import save
 
-    kind = _kind(model)
-    config = model.config
-    if config.vocab_size != tokenizer.vocab_size:  # type: ignore[union-attr]
+    refuse_accelerated(model, "save the original and accelerate what is loaded")
+    vocabulary = config.get("vocab_size")
+    if tokenizer is not None and vocabulary not in (None, tokenizer.vocab_size):
         raise ValueError(
-            f"tokenizer: expected the model's {config.vocab_size} ids, "  # type: ignore[union-attr]
-            f"got {tokenizer.vocab_size}"
+            f"tokenizer: expected the model's {vocabulary} ids, got {tokenizer.vocab_size}"
         )
     weights = {}
     for name, tensor in untied_weights(model).items():
@@ -63,12 +83,15 @@ def save_model(
     with replace_file(folder / "model.safetensors") as temporary:
         temporary.write_bytes(save(weights))  # save_file would make it readable by its owner only
         digest = _digest(temporary)
-    tokenizer.save(folder / "tokenizer.model")
+    if tokenizer is not None:
+        tokenizer.save(folder / "tokenizer.model")
+    else:
+        (folder / "tokenizer.model").unlink(missing_ok=True)
     values = {
         "format": FORMAT,
-        "kind": kind,
-        "config": config.to_dict(),  # type: ignore[operator,union-attr]
-        "tokenizer": tokenizer.fingerprint,
+        "kind": kind_of(model),
+        "config": dict(config),
+        "tokenizer": tokenizer.fingerprint if tokenizer is not None else None,
         "weights": digest,
         "extra": dict(extra or {}),
     }
@@ -91,18 +114,52 @@ def load_model(
             is not finite.
     """
     folder = Path(folder)
-    info = _read_json(folder / "model.json")
+    info = read_info(folder)
     if kind is not None and info["kind"] != kind:
         raise ValueError(f"{folder}: expected a model of kind {kind}, got {info['kind']}")
-    own = Tokenizer.load(folder / "tokenizer.model")
-    own.check(info["tokenizer"], f"{folder / 'model.json'}")
+    if info["kind"] == OWN:
+        raise ValueError(
+            f"{folder}: expected a model of kind {' or '.join(_KINDS)}, got a module of another "
+            "make; prunelm.load_result(folder, model) fills one that you build"
+        )
+    own = load_tokenizer(folder, info)
+    if own is None:
+        raise ValueError(
+            f"{folder}: expected a model and its tokenizer, got one saved without a tokenizer; "
+            "prunelm.load_result reads it"
+        )
     if tokenizer is not None:
         tokenizer.check(own.fingerprint, str(folder))
-    source = folder / "model.safetensors"
-    weights = _read_weights(source, info["weights"])
+    return build_model(folder, info), own, info
+
+
+def read_info(folder: Path | str) -> dict[str, Any]:
+    """What `model.json` says; raises as `load_model`."""
+    return _read_json(Path(folder) / "model.json")
+
+
+def load_tokenizer(folder: Path | str, info: Mapping[str, Any]) -> Tokenizer | None:
+    """The tokenizer saved beside a model, None where there was none; raises as `load_model`."""
+    if info["tokenizer"] is None:
+        return None
+    own = Tokenizer.load(Path(folder) / "tokenizer.model")
+    own.check(info["tokenizer"], f"{Path(folder) / 'model.json'}")
+    return own
+
+
+def read_weights(folder: Path | str, info: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights that belong to a `model.json`; raises as `load_model`."""
+    path = Path(folder) / "model.safetensors"
+    weights = _read_weights(path, info["weights"])
     for name, tensor in weights.items():
         if not bool(tensor.isfinite().all()):
-            raise ValueError(f"{source}: expected finite weights, got NaN or infinity in {name}")
+            raise ValueError(f"{path}: expected finite weights, got NaN or infinity in {name}")
+    return weights
+
+
+def build_model(folder: Path | str, info: Mapping[str, Any]) -> nn.Module:
+    """The model of a config with its weights; raises as `load_model`."""
+    source, weights = Path(folder) / "model.safetensors", read_weights(folder, info)
     module_name, model_name, config_name = _KINDS[info["kind"]]
     module = importlib.import_module(module_name)
     try:
@@ -113,10 +170,10 @@ def load_model(
     except (KeyError, TypeError, OverflowError, AttributeError, RuntimeError, ValueError) as error:
         if str(source) in str(error):
             raise
-        raise ValueError(f"{folder / 'model.json'}: config: {_one_line(error)}") from None
+        raise ValueError(f"{Path(folder) / 'model.json'}: config: {_one_line(error)}") from None
     model: nn.Module = getattr(module, model_name)(config)
     copy_weights(model, weights, str(source))
-    return model.eval(), own, info
+    return model.eval()
 
 
 def untied_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -124,7 +181,7 @@ def untied_weights(model: nn.Module) -> dict[str, Tensor]:
     seen: set[int] = set()
     first = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
+        if isinstance(tensor, Tensor) and id(tensor) not in seen:  # modules may add other things
             seen.add(id(tensor))
             first[name] = tensor
     return first
@@ -175,12 +232,13 @@ def load_state(path: Path | str) -> dict[str, Any]:
     return state
 
 
-def _kind(model: nn.Module) -> str:
+def kind_of(model: nn.Module) -> str:
+    """ "lm", "transducer", or "module" for one of another make."""
     name = type(model).__name__
-    for kind, (_, model_name, _) in _KINDS.items():
-        if name == model_name:
+    for kind, (module, model_name, _) in _KINDS.items():
+        if (name, type(model).__module__) == (model_name, module):
             return kind
-    raise ValueError(f"model: expected a TransformerLM or a Transducer, got {name}")
+    return OWN
 
 
 def _one_line(error: BaseException) -> str:
@@ -204,10 +262,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: expected the fields {sorted(fields)}, got other ones")
     if info["format"] != FORMAT:
         raise ValueError(f"{path}: expected format {FORMAT}, got {shown(info['format'])}")
-    if not isinstance(info["kind"], str) or info["kind"] not in _KINDS:
-        raise ValueError(
-            f"{path}: expected a kind of {sorted(_KINDS)}, got {shown(repr(info['kind']))}"
-        )
+    kinds = sorted((*_KINDS, OWN))
+    if not isinstance(info["kind"], str) or info["kind"] not in kinds:
+        raise ValueError(f"{path}: expected a kind of {kinds}, got {shown(repr(info['kind']))}")
     for name in ("config", "extra"):
         if not isinstance(info[name], dict):
             raise ValueError(f"{path}: expected {name} as an object, got {shown(info[name])}")
