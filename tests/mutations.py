@@ -433,7 +433,7 @@ LOADERS = {
     "recogniser": Loader(_recogniser, _load_model),
     "result": Loader(_result, _load_result),
     "chosen": Loader(_chosen, _load_chosen),
-    "journal": Loader(_journal, _load_journal, named=False),
+    "journal": Loader(_journal, _load_journal),
     "state": Loader(_state, _load_state),
     "study": Loader(_study, _load_study),
     "plan": _command(

@@ -136,7 +136,7 @@ def test_another_kind_is_refused(folder: Path, tokenizer: Tokenizer, tmp_path: P
     ("change", "message"),
     [
         ({"format": 2}, "expected format 1, got 2"),
-        ({"kind": "ngram"}, r"expected a kind of \['lm', 'transducer'\], got 'ngram'"),
+        ({"kind": "ngram"}, r"expected a kind of \['lm', 'module', 'transducer'\], got 'ngram'"),
         ({"config": {"dim": 3}}, "config: expected the fields"),
     ],
 )
