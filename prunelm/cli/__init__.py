@@ -5,6 +5,7 @@ command that was asked for is imported, so that `prunelm --help` needs no torch.
 """
 
 import difflib
+import errno
 import importlib
 import os
 import sys
@@ -43,24 +44,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
-        return run(words)
+        code = run(words)
+        sys.stdout.flush()  # a full disk or a closed pipe shows here, and not at exit
+        return code
     except KeyboardInterrupt:
         if debug:
             raise
         return _say("stopped; the same command goes on from what is finished", 130)
     except BrokenPipeError:
-        # Whoever read the output has gone; Python must not flush to it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()  # whoever read it has gone
         return 1
-    except (ValueError, OSError, RuntimeError) as error:
+    except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
+            _forget_output()
         return _say(f"error: {one_line(error)}", 2 if isinstance(error, UsageError) else 1)
 
 
 def run(words: Sequence[str]) -> int:
     """Runs a command; lets exceptions pass."""
-    if not words or words[0] in ("-h", "--help", "help"):
+    words = list(words)
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
+    if not words or words[0] in ("-h", "--help"):
         print(overview())
         return 0
     if words[0] in ("-V", "--version"):
@@ -96,15 +103,22 @@ def find(words: Sequence[str]) -> tuple[str | None, list[str]]:
     if f"{first} {second}" in COMMANDS:
         return f"{first} {second}", list(words[2:])
     kinds = [name.split()[1] for name in COMMANDS if name.split()[0] == first and " " in name]
-    if kinds and second in ("-h", "--help"):
+    if kinds and second in ("-h", "--help", "help"):
         return None, []
     if kinds:
         got = repr(second) if second else "nothing"
-        raise UsageError(f"{first}: expected {' or '.join(kinds)}, got {got}")
+        hint = _near(second, {kind: f"{first} {kind}" for kind in kinds})
+        raise UsageError(f"{first}: expected {' or '.join(kinds)}, got {got}{hint}")
     tops = list(dict.fromkeys(name.split()[0] for name in COMMANDS))
-    close = difflib.get_close_matches(first, tops, 1)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    known = {each: each for each in (*tops, "--help", "--version")}
+    known |= {name.replace(" ", ""): name for name in COMMANDS}
+    hint = _near(first.replace("-", "" if first[0:1] != "-" else "-").replace("_", ""), known)
     raise UsageError(f"command: expected one of {', '.join(tops)}, got {first!r}{hint}")
+
+
+def _near(word: str, known: dict[str, str]) -> str:
+    close = difflib.get_close_matches(word.lower(), known, 1)
+    return f"; did you mean {known[close[0]]}?" if close else ""
 
 
 def overview(first: str = "") -> str:
@@ -123,12 +137,36 @@ def overview(first: str = "") -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception as one line: the file first where the system names one."""
-    if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}"
+    """An exception as one line: the file first where the system names one.
+
+    What bad input raises speaks for itself; any other exception is a bug, and the line says so.
+    """
     text = " ".join(str(error).split())
-    return text or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        names = [each for each in (error.filename, error.filename2) if each not in (None, "", -1)]
+        where = f"{' -> '.join(_as_text(each) for each in names)}: " if names else ""
+        return f"{where}{error.strerror}"
+    if isinstance(error, UnicodeDecodeError):
+        got = f"byte 0x{error.object[error.start]:02x} at place {error.start:,}"
+        return f"expected text in {error.encoding}, got {got}"
+    if isinstance(error, MemoryError):
+        return f"expected enough memory, got none left{f' ({text})' if text else ''}"
+    if isinstance(error, ImportError):
+        return text or "a module could not be imported"
+    known = isinstance(error, (ValueError, OSError, RuntimeError))
+    if known and not isinstance(error, RecursionError):
+        return text or type(error).__name__
+    kind = type(error).__name__
+    return f"unexpected {kind}{f': {text}' if text else ''}; --debug shows the traceback"
+
+
+def _as_text(name: object) -> str:
+    return os.fsdecode(name) if isinstance(name, (str, bytes, os.PathLike)) else str(name)
+
+
+def _forget_output() -> None:
+    """Has what is left in stdout's buffer go nowhere, so that Python's own flush cannot fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(text: str, code: int) -> int:

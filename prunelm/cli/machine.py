@@ -26,7 +26,7 @@ def env(json: bool = False) -> None:
         for name, value in _C.build_information().items():
             if name != "instruction_set":  # said already
                 found[f"built with {name}"] = value
-    for package in ("triton", "sentencepiece", "kaldialign", "kaldi-native-fbank", "jsonargparse"):
+    for package in ("triton", "sentencepiece", "kaldialign", "kaldi-native-fbank", "PyYAML"):
         found[package] = version_of(package)
     if json:
         print(dumps(found, indent=1, default=str))

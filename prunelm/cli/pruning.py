@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from prunelm.cli.arguments import Sizes
 from prunelm.data.text import TokenBatches, read_lines
 from prunelm.data.tokenizer import Tokenizer
 from prunelm.metrics.perplexity import perplexity
@@ -48,7 +49,7 @@ ONE_SHOT = OneShot()
 
 def prune(
     model: Path,
-    target: str,
+    target: Sizes,
     out: Path,
     text: Path | None = None,
     valid: Path | None = None,
@@ -106,7 +107,7 @@ def prune(
 
 def plan(
     model: Path,
-    target: str,
+    target: Sizes,
     text: Path | None = None,
     method: list[AMethod] = HEADS_AND_NEURONS,
     criterion: ACriterion = TAYLOR,

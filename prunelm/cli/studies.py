@@ -8,6 +8,7 @@ from typing import Literal
 from rich.console import Console
 from rich.status import Status
 
+from prunelm.cli.arguments import Commas, Sizes
 from prunelm.cli.pruning import set_threads
 from prunelm.study.demo import demo_grid, run_study, study_grid
 from prunelm.study.grid import LINES, Progress
@@ -22,7 +23,7 @@ def demo(
     recogniser: Path | None = None,
     corpus: Path | None = None,
     text: Path | None = None,
-    targets: str = "50%,35%,25%",
+    targets: Sizes = "50%,35%,25%",
     steps: int = 60,
     lr: float = 1e-3,
     lm_weight: float | Literal["auto"] = "auto",
@@ -67,8 +68,8 @@ def study(
     recogniser: Path | None = None,
     corpus: Path | None = None,
     text: Path | None = None,
-    targets: str = "",
-    seeds: str = "",
+    targets: Sizes = "",
+    seeds: Commas = "",
     steps: int | None = None,
     lm_weight: float | Literal["auto"] = "auto",
     token_reward: float | Literal["auto"] = "auto",

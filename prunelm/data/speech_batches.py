@@ -44,7 +44,10 @@ class Augmentation:
         speeds: one of these is drawn for each utterance and epoch.
         begin: batches before this one only have their speed changed, so that alignments form early.
         warp: mel axes are stretched by up to this fraction either way, as other speakers would.
-        time_masks, time_share, bin_masks, bin_width: see `spec_augment`.
+        time_masks: stretches of frames that are set to the mean, for each utterance.
+        time_share: longest stretch of frames, as a share of the utterance.
+        bin_masks: bands of mel bins that are set to the mean, for each utterance.
+        bin_width: widest band of mel bins, in bins.
     """
 
     speeds: tuple[float, ...] = (0.85, 0.92, 1.0, 1.08, 1.15)

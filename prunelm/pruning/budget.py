@@ -5,41 +5,68 @@ up: a `Ledger` counts what would really be left.
 """
 
 import math
+import numbers
 import re
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
 
 from prunelm.pruning.groups import Groups, Rows, factorised
 
-_UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
+_NUMBER = re.compile(r"(\d+(?:_\d+)*|\d{1,3}(?:,\d{3})+)?(\.\d+)?(?:e([+-]?\d{1,2}))?")
 
 
-def parse_target(target: str | int, dense: int) -> int:
-    """Parameters that "5M", "800k", "40%" (of `dense`) or an int mean; rounded down.
+def parse_target(target: str | float, dense: int) -> int:
+    """Parameters that a size means, rounded down.
+
+    Args:
+        target: a number of parameters, also with a unit k, M, G or B ("800k", "5 M", "1e6",
+            "5,000,000"); a share of `dense` in percent ("40%") or as a number below 1 (0.4).
+        dense: parameters that the model has.
 
     Raises:
         ValueError: anything else, or more than `dense`.
     """
-    size: int | None = None
-    if isinstance(target, int) and not isinstance(target, bool):
-        size = target
-    elif isinstance(target, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMbB]?|%)\s*", target)
-        if match:
-            number, unit = match.groups()
-            whole, _, fraction = number.partition(".")
-            scale = 10 ** len(fraction)  # integers throughout: 0.29 * 100 is not 29
-            value = int(whole + fraction)
-            unit_size = _UNITS.get(unit.lower())
-            size = value * (dense if unit_size is None else unit_size)
-            size //= scale * (100 if unit_size is None else 1)
+    size = _as_size(target, dense)
     if size is None:
-        raise ValueError(f'target: expected "5M", "40%" or a number of parameters, got {target!r}')
+        got = repr(target) if len(repr(target)) <= 60 else repr(target)[:57] + "..."
+        raise ValueError(
+            'target: expected "5M", "40%" or a number of parameters (units k, M, G, B; below 1, a '
+            f"share of the model's), got {got}"
+        )
     if not 0 < size <= dense:
-        raise ValueError(f"target: expected 1 to {dense:,} parameters, the model's, got {size:,}")
+        got = f"{size:,}" if abs(size) < 10**30 else "a number of more than 30 digits"
+        raise ValueError(f"target: expected 1 to {dense:,} parameters, the model's, got {got}")
     return size
+
+
+def _as_size(target: str | float, dense: int) -> int | None:
+    if isinstance(target, numbers.Integral) and not isinstance(target, bool):
+        return int(target)
+    if isinstance(target, numbers.Real) and not isinstance(target, bool):
+        target = repr(float(target))
+    if not isinstance(target, str) or len(target) > 60:
+        return None
+    words = re.fullmatch(r"\s*([\d.,_]+(?:[eE][+-]?\d+)?)\s*([kKmMgGbB%]?)\s*", target)
+    number = _NUMBER.fullmatch(words.group(1).lower()) if words else None
+    if not words or not number or not (number.group(1) or number.group(2)):
+        return None
+    whole, fraction = re.sub("[,_]", "", number.group(1) or "0"), (number.group(2) or ".")[1:]
+    # Fractions throughout: 0.29 * 100 is not 29.
+    value = Fraction(int(whole + fraction), 10 ** len(fraction)) * Fraction(10) ** int(
+        number.group(3) or 0
+    )
+    unit = words.group(2).lower()
+    if unit == "%":
+        return math.floor(value * dense / 100)
+    if not unit and 0 < value < 1:
+        return math.floor(value * dense)
+    value *= _UNITS[unit]
+    # 1.5 parameters are no size; 1.2345k is rounded down.
+    return math.floor(value) if unit or value.denominator == 1 else None
 
 
 class Ledger:

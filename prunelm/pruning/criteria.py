@@ -33,6 +33,9 @@ class Magnitude:
 
     Within a kind the order is that of the norm; per parameter it is the mean of |w|^p, which lets
     groups of different size be compared. A rank component s u v' is represented by s u.
+
+    Args:
+        p: power of the absolute weights, above 0.
     """
 
     p: float = 2.0
@@ -56,6 +59,10 @@ class Taylor:
     The first-order change of the loss over all samples of the first `batches` batches. Summed
     inside the group before the absolute value (Molchanov et al. 2019, arXiv 1906.10771, without
     the square).
+
+    Args:
+        order: of the expansion; 1.
+        batches: of data whose mean gradient is taken.
     """
 
     order: int = 1

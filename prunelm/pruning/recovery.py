@@ -52,6 +52,8 @@ class Finetune:
         temperature: of the distillation.
         last: the last round's share of the steps, where there are several: the final shape heals
             longest. None: all rounds get the same.
+        weight_decay: of AdamW, for matrices only.
+        bf16: compute in bfloat16 under autocast.
     """
 
     steps: int = 200

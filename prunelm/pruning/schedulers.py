@@ -15,10 +15,14 @@ class OneShot:
 
 @dataclass(frozen=True)
 class Incremental:
-    """In `rounds` rounds, with recovery between them.
+    """In several rounds, with recovery between them.
 
     "cubic": steep first, t the fraction of rounds done: start + (target - start) (1 - (1 - t)^3)
     (Zhu and Gupta 2017, arXiv 1710.01878). "linear": equal numbers. "geometric": equal ratios.
+
+    Args:
+        rounds: how many.
+        shape: how the sizes fall from round to round.
     """
 
     rounds: int = 8

@@ -39,11 +39,23 @@ _CADENCE = ("log_every", "validate_every", "checkpoint_every")
 class TrainOptions:
     """How long and how fast to train.
 
-    The learning rate rises linearly over `warmup` steps to `lr`, then falls as a half cosine to
-    `final_lr_fraction * lr`. Weight decay is for matrices only. `accumulate` batches make a step.
-    A cadence of 0 means only at the end (`log_every`, `validate_every`, `checkpoint_every`).
-    With `average` above 0, such as 0.998, the running mean mean = average * mean + (1 - average) *
-    weights is what is validated and returned; its first steps forget faster.
+    The learning rate rises linearly to its highest, then falls as a half cosine.
+
+    Args:
+        steps: updates of the weights.
+        lr: highest learning rate.
+        warmup: steps over which the learning rate rises.
+        final_lr_fraction: where the learning rate ends, as a share of the highest.
+        weight_decay: of AdamW, for matrices only.
+        clip: largest norm of the gradient of all weights together.
+        bf16: compute in bfloat16 under autocast.
+        seed: of everything random; equal seeds give equal runs.
+        log_every: steps between lines of the log; 0: only at the end.
+        validate_every: steps between validations; 0: only at the end.
+        checkpoint_every: steps between checkpoints; 0: only at the end.
+        accumulate: batches that make a step.
+        average: above 0, such as 0.998: the running mean mean = average * mean + (1 - average) *
+            weights is what is validated and returned; its first steps forget faster.
     """
 
     steps: int
