@@ -204,3 +204,19 @@ def test_one_channel_is_chosen(bed: Path, capsys: pytest.CaptureFixture[str]) ->
     assert mixed != one
     _, err = run(capsys, "decode", "recogniser", "two.wav", "--channel", "2", code=1)
     assert "two.wav: channel: expected 0 to 1, got 2" in err
+
+
+def test_unknown_characters_are_told_and_normalised_on_request(
+    bed: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    Path("clean.txt").write_text("turn on the red door\ndim the old fan\n")
+    Path("raw.txt").write_text("Turn\ton the\u00a0red door!\nDim the old fan.\n")
+    clean = run(capsys, "evaluate", "--lm", "lm", "--text", "clean.txt")[0]
+    assert not caplog.records
+    assert run(capsys, "evaluate", "--lm", "lm", "--text", "raw.txt")[0] != clean
+    (record,) = caplog.records
+    assert "raw.txt: 13.3 % of characters are unknown to the tokenizer, such as" in record.message
+    assert record.message.endswith("; --normalise writes lines as the recogniser does")
+    caplog.clear()
+    assert run(capsys, "evaluate", "--lm", "lm", "--text", "raw.txt", "--normalise")[0] == clean
+    assert not caplog.records
