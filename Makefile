@@ -12,24 +12,33 @@ VENV := .venv
 BIN := $(VENV)/bin
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu')
 
-SANITIZED = beam_step beam_step_direct block_sparse_linear direct direct_guards low_rank_linear prefix_tree rnnt_loss tree_attention
+SANITIZED = beam_step beam_step_direct beam_step_dtypes block_patterns block_sparse_linear direct direct_guards low_rank_linear not_finite prefix_tree prefix_tree_misuse rnnt_loss storage tree_attention
 
 .PHONY: build demo test lint sanitize gpu-check bench clean
 
 # torch comes first and alone: the extension is compiled against it, and no later requirement may
-# replace it.
+# replace it. pip shows what it does, since this takes minutes.
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "prunelm: expected Python 3.11 or later, found " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel "pybind11>=3.0" ninja
-	$(BIN)/pip install --quiet "$(TORCH)" numpy
-	PRUNELM_CUDA=0 $(BIN)/pip install --quiet --no-build-isolation --editable ".[dev,triton]"
+	@echo "prunelm: 1 of 3, pip and what builds need"
+	$(BIN)/pip install --upgrade pip "setuptools>=77" wheel "pybind11>=3.0" ninja
+	@echo "prunelm: 2 of 3, torch; unpacking it takes a minute or more"
+	$(BIN)/pip install "$(TORCH)" numpy
+	@echo "prunelm: 3 of 3, the other packages, and the extension compiled without CUDA"
+	PRUNELM_CUDA=0 $(BIN)/pip install --no-build-isolation --editable ".[dev,triton]"
 	touch $@
 
 build: $(VENV)/installed
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
 
-demo: build
+# Without a GPU the demo has no use for CUDA kernels, which take minutes to compile; what an earlier
+# build compiled stays.
+demo: $(VENV)/installed
+	if ! nvidia-smi -L > /dev/null 2>&1 && ! ls build/editable/*_cuda.o > /dev/null 2>&1; then \
+		export PRUNELM_CUDA="$${PRUNELM_CUDA-0}"; \
+	fi; \
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
 	$(BIN)/prunelm demo --out runs/demo
 
 lint: build

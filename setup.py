@@ -93,7 +93,6 @@ class NinjaBuild(build_ext):
             f"-I{ROOT / 'csrc'}",
             *(f"-isystem {path}" for path in system),
             f"-DTORCH_TARGET_VERSION={TORCH_FLOOR}",
-            f"-DPRUNELM_WITH_CUDA={int(nvcc is not None)}",
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         ]
         speed = SANITIZERS if SANITIZE else "-O3"
@@ -115,7 +114,9 @@ class NinjaBuild(build_ext):
 
         for source in sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]):
             if not source.stem.endswith("_simd"):
-                compile_object("cxx", source, cxx)
+                # Only what is told of CUDA is compiled anew when the choice changes.
+                told = [f"-DPRUNELM_WITH_CUDA={int(nvcc is not None)}"]
+                compile_object("cxx", source, [*cxx, *(told if source.stem == "ops" else [])])
                 continue
             for name, machine in INSTRUCTION_SETS.items():
                 # Vectors are passed between inlined functions only: their ABI does not matter.

@@ -13,6 +13,8 @@
 #include <utility>
 #include <vector>
 
+#include "storage.h"
+
 namespace prunelm {
 
 using torch::headeronly::ScalarType;
@@ -53,6 +55,18 @@ inline void check_contiguous(const char* name, const Tensor& tensor) {
   if (!tensor.is_contiguous()) refuse(name, "a contiguous tensor", "strides that are not");
 }
 
+// Asked before anything reads the tensor, a copy of it included.
+inline void check_memory(const char* name, const Tensor& tensor) {
+  int64_t found = 0, offset = 0;
+  const bool known = storage_of(tensor.get(), &found, &offset);
+  const int64_t needed = bytes_needed(tensor.dim(), tensor.sizes().data(), tensor.strides().data(),
+                                      offset, int64_t(tensor.element_size()));
+  if (needed > 0 && (!known || needed > found)) {
+    refuse(name, "a storage of at least " + std::to_string(needed) + " bytes",
+           std::to_string(found));
+  }
+}
+
 struct RnntShape {
   int64_t B, T, U1, V;  // U1: one more than the longest target
 };
@@ -63,11 +77,15 @@ inline RnntShape check_rnnt_loss(const Tensor& logits, const Tensor& targets,
   check_dim("logits", logits, 4);
   const RnntShape shape{logits.size(0), logits.size(1), logits.size(2), logits.size(3)};
   check_contiguous("logits", logits);
+  check_memory("logits", logits);
   check_dim("targets", targets, 2);
   check_dtype("targets", targets, ScalarType::Long);
   check_contiguous("targets", targets);
   check_size("targets", targets, 0, shape.B);
+  if (shape.U1 < 1 || shape.V < 1)
+    refuse("logits", "U + 1 and V of at least 1", shape_text(logits));
   check_size("targets", targets, 1, shape.U1 - 1);
+  check_memory("targets", targets);
   for (const auto& [name, lengths, limit] :
        {std::tuple{"logit_lengths", &logit_lengths, shape.T},
         std::tuple{"target_lengths", &target_lengths, shape.U1 - 1}}) {
@@ -75,6 +93,7 @@ inline RnntShape check_rnnt_loss(const Tensor& logits, const Tensor& targets,
     check_dtype(name, *lengths, ScalarType::Long);
     check_contiguous(name, *lengths);
     check_size(name, *lengths, 0, shape.B);
+    check_memory(name, *lengths);
     const int64_t least = lengths == &logit_lengths ? 1 : 0;
     const auto* values = static_cast<const int64_t*>(lengths->data_ptr());
     for (int64_t b = 0; b < shape.B; ++b) {
@@ -132,6 +151,7 @@ inline void check_indices(const char* name, const Tensor& tensor, int64_t B, int
   check_size(name, tensor, 1, W);
   check_dtype(name, tensor, ScalarType::Long);
   check_contiguous(name, tensor);
+  check_memory(name, tensor);
 }
 
 inline void check_per_utterance(const char* name, const Tensor& tensor, const Tensor& score) {
@@ -139,6 +159,7 @@ inline void check_per_utterance(const char* name, const Tensor& tensor, const Te
   check_size(name, tensor, 0, score.size(0));
   check_dtype(name, tensor, score.scalar_type());
   check_contiguous(name, tensor);
+  check_memory(name, tensor);
 }
 
 inline BeamShape check_beam_step(const Tensor& score, const Tensor& am_logits,
@@ -150,6 +171,7 @@ inline BeamShape check_beam_step(const Tensor& score, const Tensor& am_logits,
   check_dim("am_logits", am_logits, 3);
   check_floating("am_logits", am_logits);
   check_contiguous("am_logits", am_logits);
+  check_memory("am_logits", am_logits);
   const BeamShape shape{am_logits.size(0), am_logits.size(1), am_logits.size(2)};
   if (shape.W < 1 || shape.V < 1)
     refuse("am_logits", "W and V of at least 1", shape_text(am_logits));
@@ -158,6 +180,7 @@ inline BeamShape check_beam_step(const Tensor& score, const Tensor& am_logits,
   check_size("score", score, 1, shape.W);
   check_floating("score", score);
   check_contiguous("score", score);
+  check_memory("score", score);
   if (rows.size() != row.size() || rows.size() != weight.size()) {
     refuse("terms", "as many row and weight as rows",
            std::to_string(rows.size()) + ", " + std::to_string(row.size()) + " and " +
@@ -167,6 +190,7 @@ inline BeamShape check_beam_step(const Tensor& score, const Tensor& am_logits,
     check_dim("rows", rows[i], 2);
     check_size("rows", rows[i], 1, shape.V);
     check_contiguous("rows", rows[i]);
+    check_memory("rows", rows[i]);
     const ScalarType dtype = rows[i].scalar_type();
     if (dtype != ScalarType::Half && dtype != ScalarType::BFloat16) check_floating("rows", rows[i]);
     check_indices("row", row[i], shape.B, shape.W);
@@ -212,13 +236,16 @@ inline TreeAttentionShape check_tree_attention(const Tensor& qkv, const Tensor& 
                                      std::pair{"key", &key}, std::pair{"value", &value}}) {
     check_dtype(name, *tensor, qkv.scalar_type());
     check_contiguous(name, *tensor);
+    check_memory(name, *tensor);
   }
   check_contiguous("qkv", qkv);
+  check_memory("qkv", qkv);
   check_indices("path", path, shape.R, shape.P);
   check_dim("length", length, 1);
   check_size("length", length, 0, shape.R);
   check_dtype("length", length, ScalarType::Long);
   check_contiguous("length", length);
+  check_memory("length", length);
   return shape;
 }
 
@@ -259,6 +286,14 @@ inline void check_blocks(const Tensor& crow, const Tensor& col, const BlockSpars
            std::to_string(s.bn) + " x " + std::to_string(s.bk));
   }
   constexpr int64_t limit = 2147483647;  // indices are int32
+  if (s.bn > limit || s.bk > limit || s.bn * s.bk > limit) {
+    refuse("values", "blocks of at most 2147483647 numbers",
+           std::to_string(s.bn) + " x " + std::to_string(s.bk));
+  }
+  constexpr int64_t most = int64_t{1} << 62;  // far from where sums of sizes overflow
+  if (s.N > most || s.K > most) {
+    refuse("weight", "sizes of at most 2^62", std::to_string(s.N) + " x " + std::to_string(s.K));
+  }
   const int64_t rows = (s.N + s.bn - 1) / s.bn, columns = (s.K + s.bk - 1) / s.bk;
   if (rows > limit) refuse("weight", "at most 2147483647 rows of blocks", std::to_string(rows));
   if (columns > limit) {
@@ -268,6 +303,7 @@ inline void check_blocks(const Tensor& crow, const Tensor& col, const BlockSpars
     check_dim(name, *index, 1);
     check_dtype(name, *index, ScalarType::Int);
     check_contiguous(name, *index);
+    check_memory(name, *index);
   }
   if (col.size(0) > limit) refuse("col", "at most 2147483647 blocks", shape_text(col));
   check_size("crow", crow, 0, rows + 1);
@@ -279,6 +315,7 @@ inline void check_bias(const std::optional<Tensor>& bias, const Tensor& x, const
   check_dim("bias", *bias, 1);
   check_size("bias", *bias, 0, N);
   check_contiguous("bias", *bias);
+  check_memory("bias", *bias);
   if (bias->scalar_type() != weight.scalar_type()) check_dtype_of("bias", *bias, "x", x);
 }
 
@@ -292,6 +329,8 @@ inline BlockSparseShape check_block_sparse_linear(const Tensor& x, const Tensor&
   const BlockSparseShape s{N, x.size(x.dim() - 1), values.size(1), values.size(2)};
   check_blocks(crow, col, s);
   check_size("col", col, 0, values.size(0));
+  check_memory("x", x);
+  check_memory("values", values);
   check_bias(bias, x, values, N);
   if (activation < 0 || activation > 3) refuse("activation", "0 to 3", std::to_string(activation));
   return s;
@@ -305,6 +344,8 @@ inline BlockSparseShape check_block_sparse_grad(const Tensor& grad, const Tensor
   const BlockSparseShape s{grad.size(grad.dim() - 1), K, values.size(1), values.size(2)};
   check_blocks(crow, col, s);
   check_size("col", col, 0, values.size(0));
+  check_memory("grad", grad);
+  check_memory("values", values);
   return s;
 }
 
@@ -316,6 +357,8 @@ inline BlockSparseShape check_block_sparse_grad_values(const Tensor& grad, const
   for (int64_t i = 0; i + 1 < x.dim(); ++i) check_size("x", x, i, grad.size(i));
   const BlockSparseShape s{grad.size(grad.dim() - 1), x.size(x.dim() - 1), bn, bk};
   check_blocks(crow, col, s);
+  check_memory("grad", grad);
+  check_memory("x", x);
   return s;
 }
 
@@ -327,6 +370,7 @@ inline BlockSparseShape check_low_rank_up(const Tensor& x, const Tensor& values,
   const BlockSparseShape s{N, R, values.size(1), values.size(2)};
   check_blocks(crow, col, s);
   check_size("up_col", col, 0, values.size(0));
+  check_memory("up_values", values);
   check_bias(bias, x, values, N);
   if (activation < 0 || activation > 3) refuse("activation", "0 to 3", std::to_string(activation));
   return s;
@@ -345,6 +389,9 @@ inline LowRankShape check_low_rank_linear(const Tensor& x, const Tensor& down, c
   check_size("down", down, 1, s.K);
   check_size("up", up, 1, s.R);
   check_dtype_of("up", up, "down", down);
+  check_memory("x", x);
+  check_memory("down", down);
+  check_memory("up", up);
   check_bias(bias, x, up, s.N);
   if (activation < 0 || activation > 3) refuse("activation", "0 to 3", std::to_string(activation));
   return s;

@@ -50,6 +50,7 @@ void bind_low_rank_linear(py::module_& m);
 PYBIND11_MODULE(_C, m) {
   prunelm::bind_prefix_tree(m);
   prunelm::look_up_torch();
+  prunelm::bind_readable(m);
   prunelm::bind_beam_step(m);
   prunelm::bind_block_sparse_linear(m);
   prunelm::bind_low_rank_linear(m);

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <stdexcept>
+#include <string>
 
 namespace prunelm {
 namespace {
@@ -16,6 +18,38 @@ uint64_t edge(int32_t parent, int32_t token) {
   return uint64_t(uint32_t(parent)) << 32 | uint32_t(token);
 }
 
+// Of a beam's state, and of the paths that one call lays out, 8 bytes each: what asks for more is
+// a mistake, and would take the machine's memory.
+constexpr int64_t kMostNumbers = int64_t{1} << 28;
+
+std::string range_text(const std::string& name, int64_t least, int64_t most, int64_t found) {
+  return name + ": expected " + std::to_string(least) + " to " + std::to_string(most) + ", got " +
+         std::to_string(found);
+}
+
+void expect_between(const char* name, int64_t found, int64_t least, int64_t most) {
+  if (found < least || found > most) {
+    throw std::invalid_argument(range_text(name, least, most, found));
+  }
+}
+
+void expect_index(const char* name, int64_t found, int64_t count) {
+  if (found >= 0 && found < count) return;
+  throw std::out_of_range(count > 0 ? range_text(name, 0, count - 1, found)
+                                    : std::string(name) + ": expected none, got " +
+                                          std::to_string(found));
+}
+
+// Lays out [count, P] numbers of `rows.path`.
+void make_path(PrefixTree::Rows& rows, size_t count) {
+  if (rows.P > 0 && int64_t(count) > kMostNumbers / rows.P) {
+    throw std::invalid_argument("path: expected at most " + std::to_string(kMostNumbers) +
+                                " numbers, got " + std::to_string(count) + " rows of " +
+                                std::to_string(rows.P));
+  }
+  rows.path.assign(count * rows.P, 0);
+}
+
 double log_add(double a, double b) {
   const double high = std::max(a, b);
   return high + std::log1p(std::exp(std::min(a, b) - high));
@@ -23,21 +57,33 @@ double log_add(double a, double b) {
 
 }  // namespace
 
-PrefixTree::PrefixTree(int64_t B, int64_t W, int64_t terms, std::vector<bool> silent)
-    : B_(B),
-      W_(W),
-      terms_(terms),
-      silent_(std::move(silent)),
-      nodes_(1),
-      fresh_{0},
-      hypotheses_(B * W),
-      next_(W),
-      score_(B * W, kNone),
-      parts_(B * W * (1 + terms), 0.0),
-      next_score_(W),
-      next_parts_(W * (1 + terms)),
-      node_(B * W, 0),
-      row_(B * W, 0) {
+PrefixTree::PrefixTree(int64_t B, int64_t W, int64_t terms, int64_t vocabulary,
+                       const std::vector<int64_t>& silent, int64_t most)
+    : B_(B), W_(W), terms_(terms), most_(most) {
+  expect_between("utterances", B, 0, kMostNumbers);
+  expect_between("beam", W, 1, kMostNumbers);
+  expect_between("terms", terms, 0, kMostNumbers);
+  expect_between("vocabulary", vocabulary, 1, INT32_MAX);
+  expect_between("most", most, 1, INT32_MAX);
+  const int64_t P = 1 + terms;
+  if (W > kMostNumbers / P || B > kMostNumbers / (W * P)) {
+    throw std::invalid_argument("utterances x beam x (1 + terms): expected at most " +
+                                std::to_string(kMostNumbers) + ", got " + std::to_string(B) +
+                                " x " + std::to_string(W) + " x " + std::to_string(P));
+  }
+  for (const int64_t token : silent) expect_between("silent", token, 0, vocabulary - 1);
+  silent_.resize(vocabulary);
+  for (const int64_t token : silent) silent_[token] = true;
+  nodes_.resize(1);
+  fresh_.push_back(0);
+  hypotheses_.resize(B * W);
+  next_.resize(W);
+  score_.resize(B * W, kNone);
+  parts_.resize(B * W * P);
+  next_score_.resize(W);
+  next_parts_.resize(W * P);
+  node_.resize(B * W);
+  row_.resize(B * W);
   for (int64_t b = 0; b < B; ++b) {
     hypotheses_[b * W].node = 0;
     score_[b * W] = 0;
@@ -89,26 +135,73 @@ void PrefixTree::sweep() {
   }
 }
 
-void PrefixTree::add_row(int32_t node, Rows& rows, std::vector<int32_t>& order) {
-  Node& here = nodes_[node];
-  if (here.row >= 0) return;
-  // Ancestors come first; as a rule they have their rows, since a child was made from them.
-  if (here.parent >= 0) add_row(here.parent, rows, order);
-  if (free_rows_.empty()) {
-    here.row = int32_t(rows_used_++);
-  } else {
-    here.row = free_rows_.back();
-    free_rows_.pop_back();
+void PrefixTree::check_step(int64_t n, const int64_t* parent, const int64_t* token,
+                            const double* score) const {
+  if (n < 0 || n > B_) throw std::invalid_argument(range_text("utterances", 0, B_, n));
+  for (int64_t i = 0; i < n * W_; ++i) {
+    if (score[i] == kNone) continue;
+    const auto named = [&](const char* name) {
+      return std::string(name) + " of utterance " + std::to_string(i / W_) + ", slot " +
+             std::to_string(i % W_);
+    };
+    if (parent[i] < 0 || parent[i] >= W_) {
+      throw std::out_of_range(range_text(named("parent"), 0, W_ - 1, parent[i]));
+    }
+    if (token[i] < 0 || token[i] >= vocabulary()) {
+      throw std::out_of_range(range_text(named("token"), 0, vocabulary() - 1, token[i]));
+    }
+    if (hypotheses_[i / W_ * W_ + parent[i]].node < 0) {
+      throw std::invalid_argument(named("parent") + ": expected a live hypothesis, got slot " +
+                                  std::to_string(parent[i]) + ", which is dead");
+    }
   }
-  order.push_back(node);
-  rows.index.push_back(here.row);
-  rows.tokens.push_back(here.token);
-  rows.length.push_back(here.depth + 1);
-  rows.P = std::max<int64_t>(rows.P, here.depth + 1);
 }
 
-void PrefixTree::lay_out(const std::vector<int32_t>& order, Rows& rows) {
-  rows.path.assign(order.size() * rows.P, 0);
+class PrefixTree::Wanted {
+ public:
+  explicit Wanted(std::vector<Node>& nodes) : nodes_(nodes) {}
+  Wanted(const Wanted&) = delete;
+  ~Wanted() {  // where rows were not given, as before
+    for (const int32_t node : order) {
+      if (nodes_[node].row == kMarked) nodes_[node].row = kNoRow;
+    }
+  }
+
+  void add(int32_t node) {
+    // As a rule ancestors have their rows, since a child was made from them.
+    const auto first = int64_t(order.size());
+    for (; node >= 0 && nodes_[node].row == kNoRow; node = nodes_[node].parent) {
+      order.push_back(node);
+      nodes_[node].row = kMarked;
+    }
+    std::reverse(order.begin() + first, order.end());
+  }
+
+  std::vector<int32_t> order;
+
+ private:
+  static constexpr int32_t kNoRow = -1, kMarked = -2;
+  std::vector<Node>& nodes_;
+};
+
+void PrefixTree::give_rows(const std::vector<int32_t>& order, Rows& rows) {
+  for (const int32_t node : order) rows.P = std::max<int64_t>(rows.P, nodes_[node].depth + 1);
+  make_path(rows, order.size());
+  for (std::vector<int64_t>* list : {&rows.index, &rows.tokens, &rows.length}) {
+    list->reserve(order.size());
+  }
+  for (const int32_t node : order) {  // nothing throws from here on
+    Node& here = nodes_[node];
+    if (free_rows_.empty()) {
+      here.row = int32_t(rows_used_++);
+    } else {
+      here.row = free_rows_.back();
+      free_rows_.pop_back();
+    }
+    rows.index.push_back(here.row);
+    rows.tokens.push_back(here.token);
+    rows.length.push_back(here.depth + 1);
+  }
   for (size_t r = 0; r < order.size(); ++r) {
     for (int32_t node = order[r]; node >= 0; node = nodes_[node].parent) {
       rows.path[r * rows.P + nodes_[node].depth] = nodes_[node].row;
@@ -118,38 +211,52 @@ void PrefixTree::lay_out(const std::vector<int32_t>& order, Rows& rows) {
 
 bool PrefixTree::plan(int64_t n, const int64_t* parent, const int64_t* token, const double* score,
                       int64_t* flat, Rows& rows) {
-  std::vector<int32_t> order;
-  bool any = false;
-  for (int64_t b = 0; b < n; ++b) {
-    for (int64_t w = 0; w < W_; ++w) {
-      const int64_t i = b * W_ + w;
-      flat[i] = -1;
-      if (score[i] == kNone || silent_[token[i]]) continue;
-      const int32_t node = hypotheses_[b * W_ + parent[i]].node;
-      add_row(node, rows, order);
-      flat[i] = nodes_[node].row * vocabulary() + token[i];
-      any = true;
-    }
+  check_step(n, parent, token, score);
+  const auto from = [&](int64_t i) { return hypotheses_[i / W_ * W_ + parent[i]].node; };
+  const auto emits = [&](int64_t i) { return score[i] != kNone && !silent_[token[i]]; };
+  Wanted wanted(nodes_);
+  for (int64_t i = 0; i < n * W_; ++i) {
+    if (emits(i)) wanted.add(from(i));
   }
-  lay_out(order, rows);
+  give_rows(wanted.order, rows);
+  bool any = false;
+  for (int64_t i = 0; i < n * W_; ++i) {
+    flat[i] = emits(i) ? nodes_[from(i)].row * vocabulary() + token[i] : -1;
+    any |= emits(i);
+  }
   return any;
 }
 
-void PrefixTree::plan_live(int64_t begin, int64_t n, Rows& rows) {
-  std::vector<int32_t> order;
-  for (int64_t i = begin * W_; i < n * W_; ++i) {
-    const int32_t node = hypotheses_[i].node;
-    if (node < 0) continue;
-    add_row(node, rows, order);
-    row_[i] = nodes_[node].row;
+void PrefixTree::plan_live(int64_t begin, int64_t end, Rows& rows) {
+  if (begin < 0 || begin > B_) throw std::out_of_range(range_text("begin", 0, B_, begin));
+  if (end < begin || end > B_) throw std::out_of_range(range_text("end", begin, B_, end));
+  Wanted wanted(nodes_);
+  for (int64_t i = begin * W_; i < end * W_; ++i) wanted.add(hypotheses_[i].node);
+  give_rows(wanted.order, rows);
+  for (int64_t i = begin * W_; i < end * W_; ++i) {
+    if (hypotheses_[i].node >= 0) row_[i] = nodes_[hypotheses_[i].node].row;
   }
-  lay_out(order, rows);
+}
+
+void PrefixTree::make_room(int64_t emissions) {
+  const auto check = [&](const char* name, int64_t count) {
+    if (count + emissions <= most_) return;
+    throw std::invalid_argument(std::string(name) + ": expected at most " + std::to_string(most_) +
+                                ", got " + std::to_string(count) + " and up to " +
+                                std::to_string(emissions) + " more");
+  };
+  check("nodes", live_nodes());
+  check("emissions", int64_t(traces_.size()));
 }
 
 int64_t PrefixTree::advance(int64_t n, int64_t time, const int64_t* parent, const int64_t* token,
                             const double* score, const double* parts, int64_t width,
                             const double* values) {
   const int64_t P = 1 + terms_;
+  check_step(n, parent, token, score);
+  expect_between("time", time, 0, INT32_MAX);
+  expect_between("parts: numbers of each extension", width, 1, P);
+  make_room(n * W_);
   int64_t bad = -1;
   ++now_;
   for (int64_t b = 0; b < n; ++b) {
@@ -204,16 +311,23 @@ int64_t PrefixTree::advance(int64_t n, int64_t time, const int64_t* parent, cons
 }
 
 void PrefixTree::take_new(int64_t context, Rows& rows) {
-  for (const int32_t node : fresh_) {
-    if (nodes_[node].handed_out) continue;
-    nodes_[node].handed_out = true;
-    rows.index.push_back(node);
-    rows.length.push_back(nodes_[node].depth + 1);
-    rows.P = std::max<int64_t>(rows.P, nodes_[node].depth + 1);
+  expect_between("context", context, 0, kMostNumbers);
+  int64_t deepest = 0;
+  try {
+    for (const int32_t node : fresh_) {  // twice where its number was used again
+      if (nodes_[node].handed_out) continue;
+      rows.index.push_back(node);
+      nodes_[node].handed_out = true;
+      rows.length.push_back(nodes_[node].depth + 1);
+      deepest = std::max<int64_t>(deepest, nodes_[node].depth + 1);
+    }
+    rows.P = context > 0 ? context : deepest;
+    make_path(rows, rows.index.size());
+  } catch (...) {
+    for (const int64_t node : rows.index) nodes_[node].handed_out = false;
+    throw;
   }
   fresh_.clear();
-  if (context > 0) rows.P = context;
-  rows.path.assign(rows.index.size() * rows.P, 0);
   for (size_t r = 0; r < rows.index.size(); ++r) {
     int64_t at = rows.P - 1;
     for (int32_t node = int32_t(rows.index[r]); node > 0 && at >= 0; node = nodes_[node].parent) {
@@ -223,6 +337,8 @@ void PrefixTree::take_new(int64_t context, Rows& rows) {
 }
 
 std::vector<PrefixTree::Emission> PrefixTree::emissions(int64_t b, int64_t w) const {
+  expect_index("utterance", b, B_);
+  expect_index("slot", w, W_);
   std::vector<Emission> result;
   for (int32_t i = hypotheses_[b * W_ + w].trace; i >= 0; i = traces_[i].previous) {
     result.push_back({traces_[i].token, traces_[i].time, traces_[i].log_prob});
@@ -232,6 +348,7 @@ std::vector<PrefixTree::Emission> PrefixTree::emissions(int64_t b, int64_t w) co
 }
 
 void PrefixTree::release(int64_t b) {
+  expect_index("utterance", b, B_);
   for (int64_t i = b * W_; i < (b + 1) * W_; ++i) {
     if (hypotheses_[i].node >= 0) drop(hypotheses_[i].node);
     hypotheses_[i] = {};

@@ -1,5 +1,8 @@
 // Hypotheses of a beam search as nodes of one prefix tree; contract in
 // prunelm/decoding/prefix_tree.py. Host only, plain C++.
+//
+// Whatever does not fit throws before anything changes: std::out_of_range for an index of an
+// utterance or slot, std::invalid_argument for the rest.
 #pragma once
 
 #include <cstdint>
@@ -32,8 +35,11 @@ class PrefixTree {
     double log_prob;
   };
 
-  PrefixTree(int64_t B, int64_t W, int64_t terms, std::vector<bool> silent);
+  // most: how many nodes and emissions there may be, INT32_MAX at most.
+  PrefixTree(int64_t B, int64_t W, int64_t terms, int64_t vocabulary,
+             const std::vector<int64_t>& silent, int64_t most);
 
+  int64_t utterances() const { return B_; }
   int64_t beam() const { return W_; }
   int64_t terms() const { return terms_; }
   int64_t vocabulary() const { return int64_t(silent_.size()); }
@@ -53,8 +59,8 @@ class PrefixTree {
   // becomes row * V + token for a candidate with terms, -1 for the others. False: none has terms.
   bool plan(int64_t n, const int64_t* parent, const int64_t* token, const double* score,
             int64_t* flat, Rows& rows);
-  // The same for every live hypothesis of the first n utterances.
-  void plan_live(int64_t begin, int64_t n, Rows& rows);
+  // The same for every live hypothesis of utterances begin to end.
+  void plan_live(int64_t begin, int64_t end, Rows& rows);
 
   // Moves the first n utterances to the chosen candidates and merges equal prefixes. values
   // [terms, n, W] are what the terms add (null: they are in score and parts already); parts
@@ -91,10 +97,16 @@ class PrefixTree {
   void hold(int32_t node) { ++nodes_[node].refs; }
   void drop(int32_t node);
   void sweep();
-  void add_row(int32_t node, Rows& rows, std::vector<int32_t>& order);
-  void lay_out(const std::vector<int32_t>& order, Rows& rows);
+  // The chosen extensions name live hypotheses and tokens of the vocabulary.
+  void check_step(int64_t n, const int64_t* parent, const int64_t* token,
+                  const double* score) const;
+  // Refuses more nodes and emissions than there may be.
+  void make_room(int64_t emissions);
+  // Nodes that lack a row, an ancestor before its descendants; they are marked until give_rows.
+  class Wanted;
+  void give_rows(const std::vector<int32_t>& order, Rows& rows);
 
-  int64_t B_, W_, terms_;
+  int64_t B_, W_, terms_, most_;
   std::vector<bool> silent_;
   std::vector<Node> nodes_;
   std::vector<int32_t> free_nodes_, free_rows_, fresh_;

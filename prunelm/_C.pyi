@@ -8,6 +8,9 @@ _Rows = tuple[_Ints, _Ints, _Ints, _Ints]
 
 def build_information() -> dict[str, object]: ...
 
+# Whether all are plain tensors on one device whose memory is there; None is none.
+def readable(*tensors: Tensor | None) -> bool: ...
+
 # Without torch's dispatcher; None where a call must go through it: see csrc/cpu/direct.h.
 def beam_step(
     score: Tensor,
@@ -50,7 +53,14 @@ def low_rank_linear(
 
 class PrefixTree:
     def __init__(
-        self, utterances: int, beam: int, terms: int, vocabulary: int, silent: list[int], /
+        self,
+        utterances: int,
+        beam: int,
+        terms: int,
+        vocabulary: int,
+        silent: list[int],
+        /,
+        most: int = ...,
     ) -> None: ...
     def score(self) -> _Floats: ...
     def parts(self) -> _Floats: ...

@@ -7,6 +7,7 @@ from prunelm.version import __version__
 
 if TYPE_CHECKING:
     from prunelm import ops
+    from prunelm.decoding.transcribe import transcribe
     from prunelm.nn import accelerate
     from prunelm.pruning import (
         Architecture,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         load_result,
     )
     from prunelm.sparse import BlockSparse
+    from prunelm.training.pretrained import load_lm, load_recogniser
 
 # Imported when first asked for: `import prunelm` needs torch and numpy only, and is cheap.
 _PRUNING = (
@@ -37,6 +39,9 @@ _PRUNING = (
 _HOMES = {
     "BlockSparse": "prunelm.sparse",
     "accelerate": "prunelm.nn",
+    "load_lm": "prunelm.training.pretrained",
+    "load_recogniser": "prunelm.training.pretrained",
+    "transcribe": "prunelm.decoding.transcribe",
     **dict.fromkeys(_PRUNING, "prunelm.pruning"),
 }
 
@@ -60,8 +65,11 @@ __all__ = [
     "__version__",
     "accelerate",
     "count_parameters",
+    "load_lm",
+    "load_recogniser",
     "load_result",
     "ops",
+    "transcribe",
 ]
 
 

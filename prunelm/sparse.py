@@ -1,6 +1,8 @@
 """BlockSparse: the block-sparse weight format, a frozen view on plain tensors."""
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,8 @@ class BlockSparse:
 
     It owns nothing and checks nothing: modules keep the tensors and make one of these per call, and
     the ops check what they are given. What a block on the edge holds past N or K is never read.
+    Where torch's functions, methods and operators expect a tensor, it stands for `to_dense()`, so
+    that code which reads a linear's weight finds one.
 
     Attributes:
         values: [nnz, bn, bk] float32, float64, bfloat16 or float16. The kernels read it with bn
@@ -87,11 +91,15 @@ class BlockSparse:
 
     def to_dense(self) -> Tensor:
         """The weight with its zeros, [N, K]; gradients flow back to `values`."""
-        (N, K), (bn, bk) = self.shape, self.block
+        N, K = self.shape
+        nnz, bn, bk = map(int, self.values.shape)  # constants, also where torch.jit.trace looks on
         rows, cols = -(-N // bn), -(-K // bk)
-        row = torch.arange(rows, device=self.crow.device).repeat_interleave(
-            self.crow.diff(), output_size=self.nnz
-        )
+        if nnz == rows * cols:  # all of them, in order: no index is needed
+            blocks = self.values.reshape(rows, cols, bn, bk)
+            return blocks.transpose(1, 2).reshape(rows * bn, cols * bk)[:N, :K]
+        # A block's row: how many rows have ended before it. By operators that ONNX has.
+        ends = self.crow[1:-1].long()
+        row = ends.new_zeros(nnz + 1).scatter_add(0, ends, torch.ones_like(ends)).cumsum(0)[:nnz]
         blocks = self.values.new_zeros(rows, cols, bn, bk)
         blocks = blocks.index_put((row, self.col.long()), self.values)
         return blocks.transpose(1, 2).reshape(rows * bn, cols * bk)[:N, :K]
@@ -111,3 +119,52 @@ class BlockSparse:
         """Fraction of blocks that are not stored."""
         (N, K), (bn, bk) = self.shape, self.block
         return 1 - self.nnz / max(-(-N // bn) * -(-K // bk), 1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the values."""
+        return self.values.device
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """What torch calls for a function that is given one."""
+        return func(*_dense(args), **_dense(dict(kwargs or {})))
+
+    def __getattr__(self, name: str) -> Any:
+        """The dense weight's methods and attributes."""
+        if name.startswith("_") or name in self.__dataclass_fields__:
+            raise AttributeError(f"BlockSparse has no attribute {name!r}")
+        return getattr(self.to_dense(), name)
+
+
+def _dense(value: Any) -> Any:
+    if isinstance(value, BlockSparse):
+        return value.to_dense()
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_dense, value))
+    return {k: _dense(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    def run(self: BlockSparse, *others: Any) -> Any:
+        return getattr(self.to_dense(), name)(*map(_dense, others))
+
+    return run
+
+
+for _name in ("add", "sub", "mul", "truediv", "matmul", "pow"):
+    for _side in ("", "r"):
+        setattr(BlockSparse, f"__{_side}{_name}__", _operator(f"__{_side}{_name}__"))
+for _name in ("neg", "abs", "getitem", "len"):
+    setattr(BlockSparse, f"__{_name}__", _operator(f"__{_name}__"))

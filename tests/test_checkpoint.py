@@ -136,7 +136,7 @@ def test_another_kind_is_refused(folder: Path, tokenizer: Tokenizer, tmp_path: P
     ("change", "message"),
     [
         ({"format": 2}, "expected format 1, got 2"),
-        ({"kind": "ngram"}, r"expected a kind of \['lm', 'transducer'\], got 'ngram'"),
+        ({"kind": "ngram"}, r"expected a kind of \['lm', 'module', 'transducer'\], got 'ngram'"),
         ({"config": {"dim": 3}}, "config: expected the fields"),
     ],
 )
@@ -189,3 +189,20 @@ def test_states_come_back_or_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             load_state(path)
     assert [x.name for x in path.parent.iterdir()] == ["training.pt"]
+
+
+def test_a_config_of_another_size_is_refused_before_memory_is_taken(
+    folder: Path, tokenizer: Tokenizer
+) -> None:
+    path = folder / "model.json"
+    values = json.loads(path.read_text())
+    for name, value, message in (
+        ("layers", [[2, 10**12]], r"model.safetensors: expected blocks.0.*, got"),
+        ("dim", 10**15, r"model.(safetensors|json): "),
+        ("dim", 1e400, r"model.json: "),
+        ("head_dim", "wide", r"model.json: "),
+    ):
+        path.write_text(json.dumps({**values, "config": {**values["config"], name: value}}))
+        with pytest.raises(ValueError, match=message) as caught:
+            load_model(folder)
+        assert "\n" not in str(caught.value)

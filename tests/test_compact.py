@@ -188,15 +188,3 @@ def test_an_optimizer_of_another_model_is_refused() -> None:
     smaller, masks, removal = remove(model, groups, random_keep(groups), {})
     with pytest.raises(ValueError, match="optimizer: expected parameters of the model only"):
         follow(trained(other), model, smaller, removal, masks)
-
-
-def test_a_model_without_sizes_in_its_config_is_refused() -> None:
-    class Foreign(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.ff_in, self.ff_out = nn.Linear(4, 6), nn.Linear(6, 4)
-
-    model = nn.Sequential(Foreign())
-    groups = Neurons(min_keep=1).groups(model, {})
-    with pytest.raises(ValueError, match="model: expected a config with layers, got Sequential"):
-        remove(model, groups, [torch.arange(6) < 2], {})

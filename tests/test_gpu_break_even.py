@@ -10,13 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prunelm import BlockSparse, ops
 from prunelm.benchmarks import gpu_choice
-from prunelm.nn import (
-    BLOCKS,
-    BlockSparseLinear,
-    LowRankLinear,
-    _accelerated_on_gpu,
-    _multiplied_out,
-)
+from prunelm.nn import BLOCKS, BlockSparseLinear, LowRankLinear
+from prunelm.nn.acceleration import _accelerated_on_gpu, _multiplied_out
 from prunelm.ops import gpu_break_even as model
 from prunelm.ops.backend import WITH_CUDA, WITH_TRITON
 from prunelm.ops.gpu_break_even import KINDS, card_named

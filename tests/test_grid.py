@@ -5,17 +5,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 import torch
+from speech_bed import LINES, write_bed
 
 from prunelm.cli import main
 from prunelm.data.text import read_lines
 from prunelm.data.tokenizer import Tokenizer
 from prunelm.metrics.perplexity import perplexity
-from prunelm.models.lm import LayerSizes, LMConfig, TransformerLM
-from prunelm.models.transducer import Transducer, TransducerConfig
+from prunelm.models.lm import LMConfig, TransformerLM
 from prunelm.pruning import Elements, Finetune, Heads, LowRank, Magnitude, Neurons, Random
 from prunelm.pruning.schedulers import Incremental, OneShot
 from prunelm.study import testbed
@@ -24,8 +22,6 @@ from prunelm.study.grid import Grid, Measuring, read_transcripts, run_grid
 from prunelm.study.results import DENSE, NO_LM, read_results
 from prunelm.training.checkpoint import load_model, save_model
 
-LINES = [f"{a} the {b} {c}" for a in ("turn on", "dim", "close") for b in ("red", "big", "old")
-         for c in ("door", "lamp", "fan")]  # fmt: skip
 QUICK = Measuring(runs=1, rows=4, context=4, batch=4, length=16)
 
 
@@ -58,31 +54,7 @@ def _one_thread() -> Iterator[None]:
 def bed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder laid out like prunelm/demo, with untrained models and noise for speech."""
     folder = tmp_path_factory.mktemp("bed")
-    torch.manual_seed(1)
-    tokenizer = Tokenizer.train(LINES, 24, "char")
-    config = LMConfig(tokenizer.vocab_size, 32, 16, (LayerSizes(2, 64),) * 2)
-    lm = TransformerLM(config)
-    for parameter in lm.parameters():  # logits that differ enough for fusion to matter
-        torch.nn.init.normal_(parameter, std=0.2)
-    save_model(folder / "lm", lm, tokenizer)
-    small = TransducerConfig(
-        tokenizer.vocab_size, (LayerSizes(2, 16),), dim=16, head_dim=8, channels=4,
-        predictor_dim=16, joiner_dim=16,
-    )  # fmt: skip
-    hearing = Transducer(small)
-    torch.nn.init.zeros_(hearing.join_out.bias)
-    save_model(folder / "recogniser", hearing, tokenizer)
-    generator = np.random.default_rng(1)
-    for split, count in (("test", 5), ("valid", 2)):
-        rows = ["id\tpath\ttext"]
-        for i in range(count):
-            audio = 0.1 * generator.standard_normal(4000 + 1111 * i)
-            soundfile.write(folder / f"{split}{i}.wav", audio, 16000)
-            rows.append(f"{split}-{i}\t{split}{i}.wav\t{LINES[3 * i]}")
-        (folder / f"{split}.tsv").write_text("\n".join(rows) + "\n")
-    (folder / "valid.txt").write_text("\n".join(LINES[::5]) + "\n")
-    (folder / "test.txt").write_text("\n".join(LINES[1::5]) + "\n")
-    (folder / "recovery.txt").write_text("\n".join(LINES * 4) + "\n")
+    write_bed(folder)
     return folder
 
 
@@ -91,11 +63,12 @@ def demo_folder(bed_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """What a quick demo leaves that was stopped once and gone on with."""
     out = tmp_path_factory.mktemp("demo")
     grid = demo_grid(("80%", "70%", "60%"), steps=2)
-    first, second = Heard(stop=6), Heard()
+    first, second = Heard(stop=7), Heard()
     with pytest.raises(KeyboardInterrupt):
         run_study(out, grid, data=bed_folder, progress=first, title="quick", measuring=QUICK)
     run_study(out, grid, data=bed_folder, progress=second, title="quick", measuring=QUICK)
-    assert first.said[0].startswith("chosen on 2 validation utterances: without LM reward ")
+    for said, search in zip(first.said[:2], ("beam 4, no LM, ", "beam 4, LM weight "), strict=True):
+        assert said.startswith(search) and "chosen on 2 validation utterances" in said
     assert "all in" in second.said[-1]
     assert any("pruning to 80%, 70%, 60%" in text for text in first.under_way)
     rows = [text for text in first.said + second.said if text.startswith("[")]
@@ -152,7 +125,11 @@ def test_finished_cells_are_skipped(demo_folder: Path, bed_folder: Path) -> None
 def test_another_study_is_refused(demo_folder: Path, bed_folder: Path) -> None:
     with pytest.raises(ValueError, match="expected a study with targets '50%', got one with"):
         run_study(
-            demo_folder, demo_grid(("50%",), steps=2), data=bed_folder, measuring=QUICK, weight=0.3
+            demo_folder,
+            demo_grid(("50%",), steps=2),
+            data=bed_folder,
+            measuring=QUICK,
+            lm_weight=0.3,
         )
     assert len(list((demo_folder / "cells").iterdir())) == 11
 
@@ -226,27 +203,3 @@ def test_another_vocabulary_is_refused(
     assert main([*words, "--out", str(tmp_path / "out")]) == 1
     text = capsys.readouterr().err
     assert other.fingerprint in text and text.count("\n") == 1
-
-
-def test_speech_commands(
-    bed_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    bed = str(bed_folder)
-    words = ["evaluate", "--recogniser", f"{bed}/recogniser", "--corpus", bed, "--lm", f"{bed}/lm"]
-    assert main([*words, "--out", str(tmp_path / "n.json")]) == 0
-    assert "word error rate" in capsys.readouterr().out
-    found = json.loads((tmp_path / "n.json").read_text())["speech"]
-    assert found["utterances"] == 5 and found["lm_weight"] == 0.3
-    words = ["decode", f"{bed}/recogniser", f"{bed}/test1.wav", f"{bed}/test0.wav"]
-    assert main([*words, "--nbest", "3", "--lm", f"{bed}/lm"]) == 0
-    table = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-    assert table[0] == ["id", "rank", "score", "am", "lm", "text"]
-    assert table[1][:2] == [f"{bed}/test1.wav", "1"] and table[-1][0] == f"{bed}/test0.wav"
-    for row in table[1:]:
-        assert float(row[2]) == pytest.approx(float(row[3]) + float(row[4]), abs=2e-4)
-    words = ["decode", f"{bed}/recogniser", "--corpus", bed, "--beam", "0"]
-    assert main([*words, "--out", str(tmp_path / "d.json")]) == 0
-    decoded = json.loads((tmp_path / "d.json").read_text())["utterances"]
-    assert [each["id"] for each in decoded] == [f"test-{i}" for i in range(5)]
-    assert main([*words, "--out", str(tmp_path / "d.txt")]) == 1
-    assert "out: expected a name ending in .tsv or .json" in capsys.readouterr().err

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from prunelm.pruning.architecture import Architecture
 from prunelm.pruning.groups import (
-    Architecture,
     Rows,
     Tiles,
     break_even,

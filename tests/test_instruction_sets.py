@@ -18,6 +18,7 @@ TESTS = {
     "beam_step": "float32 or accurate or ties",
     "rnnt_loss": "agrees or gradcheck or finite",
     "tree_attention": "matches or accurate or alone",
+    "not_finite": "not_finite",
 }
 
 

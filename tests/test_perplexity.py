@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from prunelm.data.tokenizer import Tokenizer
-from prunelm.metrics.perplexity import line_nll, perplexity
-from prunelm.models.lm import LMConfig, TransformerLM
+from prunelm.metrics.perplexity import UNKNOWN, Perplexity, line_nll, perplexity
+from prunelm.models.lm import LayerSizes, LMConfig, TransformerLM
 
 LINES = ["the cat sat on the mat", "it's a dog", "a", "", "the quick brown fox jumps over 5 dogs"]
 
@@ -104,3 +104,59 @@ def test_bad_input_is_refused(model: TransformerLM, tokenizer: Tokenizer) -> Non
         perplexity(model, LINES, other)
     with pytest.raises(ValueError, match="batch_tokens: expected at least 1, got 0"):
         line_nll(model, [[2]], batch_tokens=0)
+
+
+def test_a_long_line_is_read_in_windows(
+    model: TransformerLM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prunelm.metrics.perplexity.WINDOW", 8)
+    generator = torch.Generator().manual_seed(1)
+    lines = [torch.randint(2, 20, (size,), generator=generator).tolist() for size in (7, 8, 29, 40)]
+    found = line_nll(model, lines, batch_tokens=20)
+    model.eval()
+    for line, nll in zip(lines, found.tolist(), strict=True):
+        whole = [0, *line, 0]
+        expected = 0.0
+        for i in range(1, len(whole)):
+            # The window that predicts token i first: it begins at a multiple of 4, ends 8 later.
+            begin = 0 if i <= 8 else 4 * math.ceil((i - 8) / 4)
+            log_probs = model(torch.tensor([whole[begin:i]]))[0, -1].double().log_softmax(-1)
+            expected -= float(log_probs[whole[i]])
+            assert i - begin > 4 or begin == 0
+        assert nll == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_line_of_many_tokens_stays_small(tokenizer: Tokenizer) -> None:
+    model = TransformerLM(LMConfig(tokenizer.vocab_size, 8, 4, (LayerSizes(1, 8),)))
+    longest = 0
+    forward = model.forward
+
+    def watch(tokens: Tensor) -> Tensor:
+        nonlocal longest
+        longest = max(longest, tokens.numel())
+        return forward(tokens)
+
+    model.forward = watch  # type: ignore[method-assign]
+    found = line_nll(model, [[2] * 100_000])
+    assert longest <= 8192
+    assert float(found) == pytest.approx(100_001 * math.log(tokenizer.vocab_size), rel=0.1)
+
+
+def test_numbers_that_are_none_are_refused_by_line(
+    model: TransformerLM, tokenizer: Tokenizer
+) -> None:
+    with torch.no_grad():
+        model.embedding.weight[tokenizer.encode("q")[-1]] = math.nan
+    assert UNKNOWN not in tokenizer.encode("q")
+    with pytest.raises(ValueError, match="expected finite log-probabilities, got NaN in line 2"):
+        perplexity(model, ["", "a"], tokenizer)
+    with torch.no_grad():
+        model.embedding.weight.zero_()
+        model.embedding.weight[0] = math.inf
+    with pytest.raises(ValueError, match=r"expected finite log-probabilities, got .* in line 1"):
+        perplexity(model, ["a"], tokenizer)
+
+
+def test_a_perplexity_beyond_floats_is_infinite() -> None:
+    found = Perplexity(nll=1e6, tokens=1, words=1, lines=1, unknown=0)
+    assert found.per_token == found.per_word == math.inf

@@ -29,6 +29,7 @@ from prunelm import (
 )
 from prunelm.data.tokenizer import Tokenizer
 from prunelm.models.lm import LayerSizes, LMConfig, TransformerLM
+from prunelm.training.checkpoint import load_model
 
 V = 17
 CONFIG = LMConfig(V, 16, 4, (LayerSizes(3, 24), LayerSizes(4, 32)), dropout=0.1)
@@ -217,8 +218,14 @@ def test_saved_is_loaded(tmp_path: Path) -> None:
         if result.masks:
             half = load_result(tmp_path / "half")
             assert count_parameters(half.model, half.masks) == result.size
-    with pytest.raises(ValueError, match="tokenizer: expected the model's, got None"):
-        replace(result, tokenizer=None).save(tmp_path / "none")
+    replace(result, tokenizer=None).save(tmp_path / "half")
+    assert not (tmp_path / "half" / "tokenizer.model").exists()
+    back = load_result(tmp_path / "half")
+    assert back.tokenizer is None and same_weights(back.model, result.model)
+    with pytest.raises(ValueError, match=r"got one saved without a tokenizer; prunelm.load_result"):
+        load_model(tmp_path / "half")
+    with pytest.raises(ValueError, match=r"model: expected None, as .* its lm, got TransformerLM"):
+        load_result(tmp_path / "half", model)
     masks = folder / "masks.safetensors"
     masks.write_bytes(masks.read_bytes()[:-5])
     with pytest.raises(ValueError, match=r"masks\.safetensors: expected whole masks"):

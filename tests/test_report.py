@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -103,10 +104,21 @@ def test_table_says_the_numbers() -> None:
 
 def test_terminal_table_has_every_row_and_its_brackets() -> None:
     shown = io.StringIO()
-    Console(width=200, file=shown).print(text_table(made_up()))
+    Console(width=200, file=shown).print(text_table(made_up(), 200))
     text = shown.getvalue()
     assert "[24.0, 27.0]" in text and "[28.0, 31.0]" in text
     assert all(row.name in text for row in made_up().rows)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 160])
+def test_terminal_table_is_whole_at_any_width(width: int) -> None:
+    shown = io.StringIO()
+    Console(width=width, file=shown).print(text_table(made_up(), width))
+    text = shown.getvalue()
+    assert all(len(line) <= width for line in text.splitlines()) and "\u2026" not in text
+    assert "[28.0, 31.0]" in text and "250 (25%)" in text
+    assert ("4.00\u00d7" in text) == (width >= 80)
+    assert ("not shown for want of width" in text) == ("Plain torch" not in text.split("not")[0])
 
 
 def test_report_is_made_of_what_is_finished(tmp_path: Path) -> None:
@@ -168,3 +180,31 @@ def test_tiles_choose_on_validation_text_only() -> None:
     shown = tiles(r.Results("t", {}, {}, r.in_order(rows)))
     assert shown[0] == ("20.0 %", "WER with the dense LM", "40.0 % without LM, \u221250 % relative")
     assert shown[1] == ("30.0 %", "WER at 50%", "B, best on validation text")
+
+
+def test_rows_of_other_types_are_named(tmp_path: Path) -> None:
+    written(tmp_path)
+    path = tmp_path / "cells" / "cell1.json"
+    values = json.loads(path.read_text())
+    for name, value, message in (
+        ("series", 3, "expected series as text, got 3"),
+        ("parameters", "many", "expected parameters as a whole number, got 'many'"),
+        ("parameters", 1.5, "expected parameters as a whole number, got 1.5"),
+        ("perplexity", math.nan, "expected perplexity as a number, got nan"),
+        ("wer", 10**400, "expected wer as a number, got 1000"),
+        ("seconds", {"prune": "long"}, "expected seconds of prune as a number, got 'long'"),
+        ("settings", [], "expected settings as an object, got []"),
+        ("other", 1, "expected no field other, got one"),
+    ):
+        path.write_text(json.dumps({**values, name: value}))
+        with pytest.raises(ValueError, match=re.escape(f"cell1.json: {message}")) as caught:
+            r.read_results(tmp_path)
+        assert len(str(caught.value)) <= 500
+    path.write_text(json.dumps({k: v for k, v in values.items() if k != "seed"}))
+    with pytest.raises(ValueError, match=r"cell1.json: expected the field seed, got none"):
+        r.read_results(tmp_path)
+    path.write_text(json.dumps(values))
+    study = tmp_path / "study.json"
+    study.write_text(json.dumps({**json.loads(study.read_text()), "title": None}))
+    with pytest.raises(ValueError, match=r"study.json: expected title as text, got None"):
+        r.read_results(tmp_path)

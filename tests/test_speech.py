@@ -1,6 +1,5 @@
 """Corpora in their public layouts, audio files, batches; and one clear line for what is wrong."""
 
-import logging
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -10,16 +9,13 @@ import pytest
 import soundfile
 import torch
 
-from prunelm.data import speech
 from prunelm.data.speech import (
     Utterance,
     hold_out_speakers,
     load_corpus,
     read_audio,
-    read_manifest,
-    write_manifest,
 )
-from prunelm.data.speech_batches import Augmentation, FeatureCache, SpeechBatches
+from prunelm.data.speech_batches import Augmentation, FeatureCache, SpeechBatches, length_seconds
 from prunelm.data.tokenizer import Tokenizer
 from prunelm.models.features import LogMel
 
@@ -126,9 +122,13 @@ def test_corpora_are_read_in_their_own_layouts(
     ("kind", "split", "message"),
     [
         ("librispeech", "dev", r"librispeech: expected .*/dev/<speaker>/<chapter>/\*.trans.txt, "),
-        ("an4", "train", "an4: expected .*/etc/an4_train.fileids, got no such file"),
-        ("ljspeech", "all", "ljspeech: expected .*/metadata.csv, got no such file"),
-        ("manifest", "dev", "manifest: expected .*/dev.tsv, got no such file"),
+        (
+            "an4",
+            "train",
+            "an4: expected a file, got .*/etc/an4_train.fileids, which does not exist",
+        ),
+        ("ljspeech", "all", "ljspeech: expected a file, got .*/metadata.csv"),
+        ("manifest", "dev", "manifest: expected a file, got .*/dev.tsv"),
     ],
 )
 def test_a_folder_without_the_corpus_is_named(
@@ -140,33 +140,6 @@ def test_a_folder_without_the_corpus_is_named(
         load_corpus(kind, tmp_path / "nowhere", split)
     with pytest.raises(ValueError, match=r"kind: expected one of librispeech, an4, .* got 'timit'"):
         load_corpus("timit", tmp_path, split)
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        (["id\tpath"], "expected the columns id, path and text, got no rows"),
-        (["id\tpath", "a\tb"], "expected the columns id, path and text, got id, path"),
-        (["id\tpath\ttext", "a\tb"], "dev.tsv, line 2: expected 3 columns, got fewer"),
-        (["id\tpath\ttext", "a\tb\tc", "a\tb\tc"], "line 3: expected a new id, got a again"),
-        (
-            ["id\tpath\ttext\tseconds", "a\tb\tc\tlong"],
-            "line 2: expected seconds as a number, got 'long'",
-        ),
-        (
-            ["id\tpath\ttext", "a\tb\tc", "d\te\t "],
-            "expected a transcript for each of 2 utterances, got 1 empty, the first of d",
-        ),
-    ],
-    ids=["empty", "columns", "short", "twice", "seconds", "transcript"],
-)
-def test_bad_manifests_are_refused_in_one_line(
-    tmp_path: Path, lines: list[str], message: str
-) -> None:
-    write(tmp_path / "dev.tsv", *lines)
-    with pytest.raises(ValueError, match=message) as caught:
-        load_corpus("manifest", tmp_path, "dev")
-    assert "\n" not in str(caught.value)
 
 
 def test_a_transcription_that_does_not_fit_its_list_is_refused(tmp_path: Path) -> None:
@@ -188,44 +161,118 @@ def test_ljspeech_lines_and_splits(tmp_path: Path) -> None:
         load_corpus("ljspeech", tmp_path, "train")
 
 
-def test_manifests_are_written_as_they_are_read(tmp_path: Path) -> None:
-    manifest(tmp_path)
-    before = read_manifest(tmp_path / "dev.tsv")
-    write_manifest(tmp_path / "other" / "copy.tsv", before)
-    assert read_manifest(tmp_path / "other" / "copy.tsv") == before
-
-
-def test_audio_at_another_rate_is_resampled_and_said_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    speech._said().clear()
-    for name in ("a.wav", "b.wav"):
-        record(tmp_path / name, 0.5, 22050)
-    with caplog.at_level(logging.WARNING):
-        found = [read_audio(tmp_path / name) for name in ("a.wav", "b.wav")]
-    assert [len(each) for each in found] == [8000, 8000]
-    assert [each.getMessage() for each in caplog.records] == [
-        f"audio in {tmp_path}: expected 16000 Hz, got 22050 Hz; resampling"
-    ]
-
-
-def test_bad_audio_is_refused_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "text.wav").write_text("no audio")
-    record(tmp_path / "stereo.wav", channels=2)
-    record(tmp_path / "nothing.wav", 0.0)
-    for name, message in (
-        ("text.wav", "text.wav: expected an audio file, got "),
-        ("stereo.wav", "stereo.wav: expected one channel, got 2"),
-        ("nothing.wav", "nothing.wav: expected samples, got none"),
-    ):
-        with pytest.raises(ValueError, match=message) as caught:
-            read_audio(tmp_path / name)
-        assert "\n" not in str(caught.value)
-    with pytest.raises(FileNotFoundError, match=r"audio: expected a file, got .*none.wav"):
-        read_audio(tmp_path / "none.wav")
+def test_a_recording_too_short_for_a_frame_is_named(tmp_path: Path) -> None:
     record(tmp_path / "short.wav", 0.001)
     with pytest.raises(ValueError, match=r"short.wav: audio: expected at least one 10 ms frame"):
         FeatureCache(LogMel())(Utterance("a", tmp_path / "short.wav", "a"))
+
+
+WITHOUT = [
+    pytest.param("librispeech", "dev", librispeech, "*/*/*/*.trans.txt", id="librispeech"),
+    pytest.param("an4", "dev", an4, "etc/*.transcription", id="an4"),
+    pytest.param("ljspeech", "all", ljspeech, "metadata.csv", id="ljspeech"),
+]
+
+
+@pytest.mark.parametrize(("kind", "split", "make", "pattern"), WITHOUT)
+def test_recordings_without_transcripts_are_found(
+    tmp_path: Path, kind: str, split: str, make: Callable[[Path], None], pattern: str
+) -> None:
+    make(tmp_path)
+    before = load_corpus(kind, tmp_path, split, "optional")
+    assert before == load_corpus(kind, tmp_path, split)
+    for path in tmp_path.glob(pattern):
+        path.unlink()
+    found = load_corpus(kind, tmp_path, split, "optional")
+    assert [(each.id, each.audio_path) for each in found] == [
+        (each.id, each.audio_path) for each in before
+    ]
+    assert [each.speaker for each in found] == [each.speaker for each in before]
+    assert [each.transcript for each in found] == [None, None]
+    with pytest.raises(ValueError, match=f"{found[0].id}: expected a transcript, got none"):
+        _ = found[0].text
+    for transcripts in ("required", "allow_empty"):
+        with pytest.raises(FileNotFoundError, match=f"{kind}: expected "):
+            load_corpus(kind, tmp_path, split, transcripts)
+
+
+def test_recordings_that_a_list_leaves_out_come_without_transcript(tmp_path: Path) -> None:
+    librispeech(tmp_path)
+    record(tmp_path / "dev" / "19" / "198" / "19-198-0009.flac")
+    found = load_corpus("librispeech", tmp_path, "dev", "optional")
+    assert [(each.id, each.transcript) for each in found] == [
+        ("19-198-0000", "northanger abbey"),
+        ("19-198-0009", None),
+        ("26-198-0001", "it's so"),
+    ]
+    assert len(load_corpus("librispeech", tmp_path, "dev")) == 2
+
+
+def silent_librispeech(folder: Path) -> None:
+    librispeech(folder)
+    write(folder / "dev" / "19" / "198" / "19-198.trans.txt", "19-198-0000")
+
+
+def silent_an4(folder: Path) -> None:
+    an4(folder)
+    write(folder / "etc" / "an4_dev.transcription", "<s> </s> (an251-fash-b)", "ENTER (cen8)")
+
+
+def silent_ljspeech(folder: Path) -> None:
+    ljspeech(folder)
+    write(folder / "metadata.csv", "LJ001-0001||", "LJ001-0002|Who|Who")
+
+
+@pytest.mark.parametrize(
+    ("kind", "split", "make"),
+    [
+        pytest.param("librispeech", "dev", silent_librispeech, id="librispeech"),
+        pytest.param("an4", "dev", silent_an4, id="an4"),
+        pytest.param("ljspeech", "all", silent_ljspeech, id="ljspeech"),
+    ],
+)
+def test_silence_is_a_transcript_where_it_is_allowed(
+    tmp_path: Path, kind: str, split: str, make: Callable[[Path], None]
+) -> None:
+    make(tmp_path)
+    found = load_corpus(kind, tmp_path, split, "allow_empty")
+    assert found[0].text == "" and found[1].text
+    with pytest.raises(ValueError, match=r"expected a transcript for each of 2 .* the first of "):
+        load_corpus(kind, tmp_path, split)
+    with pytest.raises(ValueError, match=r"transcripts: expected one of required, .* got 'none'"):
+        load_corpus(kind, tmp_path, split, "none")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("kind", "split", "make", "expected"), CORPORA)
+def test_marks_windows_line_ends_and_blank_lines_change_nothing(
+    tmp_path: Path,
+    kind: str,
+    split: str,
+    make: Callable[[Path], None],
+    expected: list[tuple[str, str, str]],
+) -> None:
+    make(tmp_path)
+    for path in tmp_path.rglob("*"):
+        if path.is_file() and path.suffix not in (".wav", ".flac"):
+            text = path.read_text(encoding="utf-8").replace("\n", "\r\n")
+            path.write_bytes(b"\xef\xbb\xbf" + text.rstrip().encode() + b"\r\n\r\n \r\n")
+    found = load_corpus(kind, tmp_path, split)
+    assert [(each.id, each.text, each.speaker) for each in found] == expected
+
+
+def test_ids_that_come_twice_are_refused_in_every_layout(tmp_path: Path) -> None:
+    librispeech(tmp_path)
+    write(tmp_path / "dev" / "26" / "198" / "26-198.trans.txt", "26-1 A", "19-198-0000 B")
+    with pytest.raises(ValueError, match=r"26-198.trans.txt, line 2: expected a new id, got 19-"):
+        load_corpus("librispeech", tmp_path, "dev")
+    write(tmp_path / "metadata.csv", "a|A|A", "a|B|B")
+    with pytest.raises(ValueError, match=r"metadata.csv, line 2: expected a new id, got a again"):
+        load_corpus("ljspeech", tmp_path, "all")
+    an4(tmp_path)
+    write(tmp_path / "etc" / "an4_dev.fileids", "x/a", "y/a")
+    write(tmp_path / "etc" / "an4_dev.transcription", "A (a)", "A (a)")
+    with pytest.raises(ValueError, match=r"an4_dev.fileids, line 2: expected a new id, got a"):
+        load_corpus("an4", tmp_path, "dev")
 
 
 def test_whole_speakers_are_held_out() -> None:
@@ -237,6 +284,12 @@ def test_whole_speakers_are_held_out() -> None:
     assert hold_out_speakers(everybody, 0) == (everybody, [])
     with pytest.raises(ValueError, match="count: expected 0 to 4 speakers, got 5"):
         hold_out_speakers(everybody, 5)
+    unknown = [Utterance(name, Path("x"), "a") for name in "ab"]
+    with pytest.raises(ValueError, match="a: expected a speaker, to hold out 1, got none"):
+        hold_out_speakers(unknown, 1)
+    assert hold_out_speakers([], 0) == ([], [])
+    with pytest.raises(ValueError, match="count: expected 0 to 0 speakers, got 1"):
+        hold_out_speakers([], 1)
 
 
 @pytest.fixture
@@ -284,6 +337,32 @@ def test_the_first_batches_go_from_short_to_long(tokenizer: Tokenizer) -> None:
     # They are drawn from short and long alike, and the rest is shuffled.
     assert first[:7] == sorted(first[:7]) and max(first[:7]) > min(first[7:])
     assert first[7:] != sorted(first[7:]) and second[:7] != sorted(second[:7])
+
+
+@pytest.mark.parametrize("seconds", [1.0, 5.0, 48.0, 1e-300])
+def test_recordings_longer_than_a_batch_are_neither_cut_nor_lost(
+    tokenizer: Tokenizer, seconds: float
+) -> None:
+    lengths = [60.0, 50.0, 50.0, *[0.5] * 20]
+    many = [Utterance(str(i), Path("none.wav"), "a", length) for i, length in enumerate(lengths)]
+    batches = SpeechBatches(many, tokenizer, seconds=seconds)
+    for epoch in range(3):
+        plan = batches.plan(epoch)
+        assert sorted(i for group in plan for i, _ in group) == list(range(len(many)))
+        for group in plan:
+            held = sum(lengths[i] for i, _ in group)
+            assert held <= 1.5 * seconds + max(lengths[i] for i, _ in group)
+
+
+def test_lengths_come_from_the_header_or_name_the_file(tmp_path: Path) -> None:
+    record(tmp_path / "a.wav", 0.25)
+    assert length_seconds(Utterance("a", tmp_path / "a.wav", "a")) == 0.25
+    assert length_seconds(Utterance("a", tmp_path / "none.wav", "a", 7.0)) == 7.0
+    with pytest.raises(FileNotFoundError, match=r"audio: expected a file, got .*none.wav"):
+        length_seconds(Utterance("a", tmp_path / "none.wav", "a"))
+    (tmp_path / "text.wav").write_text("text")
+    with pytest.raises(ValueError, match=r"text.wav: expected an audio file, got"):
+        length_seconds(Utterance("a", tmp_path / "text.wav", "a"))
 
 
 def test_augmentation_begins_when_it_is_told(corpus: list[Utterance], tokenizer: Tokenizer) -> None:
@@ -341,5 +420,11 @@ def test_what_batches_refuse(corpus: list[Utterance], tokenizer: Tokenizer) -> N
         ValueError, match=r"7: expected a transcript within .* got 'x z' in 'abx z'"
     ):
         SpeechBatches([strange], tokenizer)
-    with pytest.raises(ValueError, match=r"speeds: expected numbers above 0, got \[0.0\]"):
-        Augmentation(speeds=(0.0,))
+    silent = Utterance("8", corpus[0].audio_path, None)
+    with pytest.raises(ValueError, match="8: expected a transcript, got none"):
+        SpeechBatches([silent], tokenizer)
+    for seconds in (0.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="seconds: expected a number above 0, got"):
+            SpeechBatches(corpus, tokenizer, seconds=seconds)
+    with pytest.raises(ValueError, match=r"speed: expected 0.1 to 10, got 0.0"):
+        Augmentation(speeds=(1.0, 0.0))

@@ -164,3 +164,33 @@ def test_windows_longer_than_the_text_are_refused(ids: Path, tokenizer: Tokenize
         TokenBatches(ids, tokenizer, 1, 4, 0, 2, 2)
     with pytest.raises(ValueError, match="batch, length: expected at least 1, got 0 and 4"):
         TokenBatches(ids, tokenizer, 0, 4, 0)
+
+
+def test_ids_out_of_the_vocabulary_are_refused(ids: Path, tokenizer: Tokenizer) -> None:
+    stored = np.fromfile(ids, "<u2")
+    stored[5] = tokenizer.vocab_size
+    stored.tofile(ids)
+    size = tokenizer.vocab_size
+    message = rf"ids.bin: expected ids from 0 to {size - 1}, got 0 to {size}"
+    with pytest.raises(ValueError, match=message):
+        TokenIds(ids, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"dtype": "O"}, {"dtype": []}, {"tokens": 1e400}, {"lines": None}, {"words": "x"}]
+)
+def test_headers_of_other_types_are_refused(
+    ids: Path, tokenizer: Tokenizer, changes: dict[str, object]
+) -> None:
+    header = json.loads(ids.with_suffix(".json").read_text())
+    ids.with_suffix(".json").write_text(json.dumps({**header, **changes}))
+    with pytest.raises(ValueError, match=r"ids.json: expected a header of token ids"):
+        TokenIds(ids, tokenizer)
+
+
+def test_an_empty_file_of_ids_is_refused(ids: Path, tokenizer: Tokenizer) -> None:
+    header = json.loads(ids.with_suffix(".json").read_text())
+    ids.with_suffix(".json").write_text(json.dumps({**header, "tokens": 0}))
+    ids.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"ids.bin: expected at least one id, got none"):
+        TokenIds(ids, tokenizer)

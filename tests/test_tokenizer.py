@@ -2,7 +2,9 @@ from pathlib import Path
 
 import pytest
 
+import prunelm
 from prunelm.data.files import replace_file
+from prunelm.data.lines import read_lines
 from prunelm.data.tokenizer import Tokenizer
 
 LINES = ["it's a quick brown fox", "jumps over the lazy dog", "zero o'clock, the end"] * 20
@@ -121,3 +123,43 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         raise KeyError
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("kind", ["characters", "units"])
+def test_white_space_of_any_kind_is_a_space(kind: str, request: pytest.FixtureRequest) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    plain = tokenizer.encode("the lazy dog")
+    for space in ("\t", "\u00a0", "\u2003", "\u3000", "\u2028", "\x85", "\x0b", "\r\n", " \t "):
+        assert tokenizer.encode(f"the{space}lazy{space}dog{space}") == plain
+        assert tokenizer.encode_lines([f"{space}the lazy{space}dog"]) == [plain]
+    trained = Tokenizer.train(["a\tb\u00a0c"], 20, "char")
+    assert trained.fingerprint == Tokenizer.train(["a b c"], 20, "char").fingerprint
+
+
+def test_half_a_surrogate_pair_is_refused(characters: Tokenizer) -> None:
+    message = "lines: expected Unicode text, got half of a surrogate pair in line "
+    with pytest.raises(ValueError, match=message + r"1, 'a\\\\udcff'"):
+        characters.encode("a\udcff")
+    with pytest.raises(ValueError, match=message + "2"):
+        characters.encode_lines(["a", "\ud800"])
+    with pytest.raises(ValueError, match=message + "2"):
+        Tokenizer.train(["a", "\ud800"], 10)
+
+
+def test_clean_text_has_the_ids_that_sentencepiece_gives() -> None:
+    import sentencepiece
+
+    demo = Path(prunelm.__file__).parent / "demo"
+    tokenizer = Tokenizer.load(demo / "lm" / "tokenizer.model")
+    plain = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+    lines = [*read_lines(demo / "test.txt"), "  two  spaces ", "Capitals, too", "caf\u00e9"]
+    assert [tokenizer.encode(line) for line in lines] == [plain.EncodeAsIds(x) for x in lines]
+    assert tokenizer.encode_lines(lines, 2) == [plain.EncodeAsIds(x) for x in lines]
+
+
+def test_a_line_without_end_trains_as_its_parts_do() -> None:
+    words = [f"word{i % 97}" for i in range(100_000)]
+    parts = [" ".join(words[i : i + 50]) for i in range(0, len(words), 50)]
+    for kind in ("char", "unigram"):
+        tokenizer = Tokenizer.train([" ".join(words)], 22, kind)
+        assert tokenizer.decode(tokenizer.encode(parts[7])) == parts[7]

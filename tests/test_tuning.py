@@ -2,7 +2,7 @@
 
 import pytest
 
-from prunelm.study.tuning import walk
+from prunelm.decoding.tuning import walk
 
 
 def test_it_ends_in_the_valley_and_asks_for_no_place_twice() -> None:

@@ -32,6 +32,14 @@ def test_an_empty_reference_counts_insertions() -> None:
     assert 0 <= found.low <= found.rate <= found.high < math.inf
 
 
+def test_mostly_silent_references_count_insertions() -> None:
+    refs, hyps = [""] * 40 + ["a b"], ["x y"] * 40 + ["a"]
+    found = word_error_rate(refs, hyps)
+    assert (found.insertions, found.deletions, found.words, found.rate) == (80, 1, 2, 40.5)
+    assert 0 <= found.low <= found.rate <= found.high < math.inf
+    assert compare(refs, hyps, [""] * 40 + ["a b"]).difference == -40.5
+
+
 def test_the_interval_has_the_width_of_independent_errors() -> None:
     """1,000 words, one to an utterance: 1.96 standard deviations of a share."""
     draw = random.Random(0)
@@ -75,5 +83,7 @@ def test_wrong_input_is_refused_by_name() -> None:
         word_error_rate(["", " "], ["a", ""])
     with pytest.raises(ValueError, match="refs: expected at least one word, got none in 0"):
         word_error_rate([], [])
+    with pytest.raises(ValueError, match="refs: expected text, got None as transcript 2"):
+        word_error_rate(["a", None], ["a", "b"])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="refs: expected a list of transcripts, got one string"):
         word_error_rate("a b", ["a b"])

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -175,9 +176,11 @@ class Step {
     const T* x = work_.increment.data();
     S worst = best.worst();
     if (!best.full()) worst = base + S(loops_.reached(work_.tops.data(), row_length_, shape_.W));
-    // Slack for the rounding of base + x, and for ties; the exact comparison is offer's.
-    const S slack = S(std::numeric_limits<T>::min()) +
-                    8 * S(std::numeric_limits<T>::epsilon()) *
+    // Slack for the rounding of base + x, and for ties; the exact comparison is offer's. Sums are
+    // rounded in S and the bound in T: the coarser of them counts.
+    using Coarser = std::conditional_t<(sizeof(T) < sizeof(S)), T, S>;
+    const S slack = S(std::numeric_limits<Coarser>::min()) +
+                    8 * S(std::numeric_limits<Coarser>::epsilon()) *
                         (std::abs(worst) + std::abs(base) + std::abs(worst - base));
     const T bound = std::isfinite(worst) ? T(worst - base - slack) : kNone;
     const int64_t count =
@@ -191,7 +194,11 @@ class Step {
   void expand(int64_t w) {
     const S base = old_score(w);
     if (slot(w) == kDead || base == -std::numeric_limits<S>::infinity()) return;
-    if (slot(w) == kKeep || base != base) return offer(work_.best, base, w, options_.blank());
+    if (!std::isfinite(base)) {
+      bad_ = true;
+      return;
+    }
+    if (slot(w) == kKeep) return offer(work_.best, base, w, options_.blank());
     const T* x = scaled(w);
     const auto [high, sum, nan] = loops_.statistics(x, row_length_);
     if (nan || high == std::numeric_limits<T>::infinity()) {
@@ -264,6 +271,8 @@ class Step {
       if (log_prob(w, v) != kNone) bad_ = true;
       increment = kNone;
     }
+    // What fills a short row up is -inf, and NaN after weights or rewards that are no numbers.
+    std::fill(work_.increment.begin() + shape_.V, work_.increment.end(), kNone);
   }
 
   // Of term i's row for hypothesis w; NaN where there is none.
@@ -369,7 +378,7 @@ void check_rows(const BeamInput& in) {
   for (const BeamTerm& term : in.terms) {
     for (int64_t i = 0; i < slots; ++i) {
       if (in.slot && in.slot[i] != kExpand) continue;
-      if (std::isinf(static_cast<const S*>(in.score)[i])) continue;
+      if (static_cast<const S*>(in.score)[i] == -std::numeric_limits<S>::infinity()) continue;
       if (term.row[i] < 0 || term.row[i] >= term.L) {
         refuse("row", "0 to " + std::to_string(term.L - 1), std::to_string(term.row[i]));
       }

@@ -3,15 +3,44 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cstring>
 #include <functional>
 #include <new>
 #include <numeric>
 #include <utility>
 
+#include "storage.h"
+
 namespace py = pybind11;
 
 namespace prunelm {
 namespace {
+
+// Where a tensor's Python object holds the tensor itself: as far from its begin as there where the
+// address that torch gives for a tensor stands in that tensor's own object. Throws where it is not
+// found.
+size_t find_handle(const py::module_& torch) {
+  const py::object tensor = torch.attr("empty")(7)[py::slice(3, 7, 1)];
+  const py::capsule given =
+      torch.attr("_C").attr("_aoti").attr("unsafe_alloc_void_ptr_from_tensor")(tensor);
+  auto* const copy = static_cast<AtenTensorHandle>(given.get_pointer());
+  void* held = nullptr;
+  std::memcpy(&held, static_cast<const void*>(copy), sizeof(held));
+  aoti_torch_delete_tensor_object(copy);
+  char* const object = reinterpret_cast<char*>(tensor.ptr());
+  const auto size = size_t(Py_TYPE(tensor.ptr())->tp_basicsize);
+  for (size_t at = sizeof(PyObject); at + sizeof(held) <= size; at += sizeof(held)) {
+    void* here = nullptr;
+    std::memcpy(&here, object + at, sizeof(here));
+    int64_t bytes = 0, offset = 0;
+    if (here == held &&
+        storage_of(reinterpret_cast<AtenTensorHandle>(object + at), &bytes, &offset) &&
+        bytes == 7 * 4 && offset == 3) {
+      return at;
+    }
+  }
+  throw py::import_error("a tensor's handle");
+}
 
 // What is asked of torch at each call, looked up once.
 struct Torch {
@@ -19,6 +48,7 @@ struct Torch {
   std::array<PyObject*, 7> watchers;    // functions without arguments, all of which must say no
   PyObject *forward_gradients, *level;  // a module's dictionary and the name of a number in it
   PyObject* is_neg;
+  size_t handle;  // find_handle
   const dlpack::ExchangeAPI* exchange;
 
   // Throws where this torch has not all of it.
@@ -41,6 +71,7 @@ struct Torch {
     forward_gradients = kept(t, "autograd", "forward_ad", "__dict__");
     level = PyUnicode_InternFromString("_current_level");
     is_neg = kept(t, "Tensor", "is_neg");
+    handle = find_handle(t);
     const py::capsule capsule = t.attr("Tensor").attr("__dlpack_c_exchange_api__");
     exchange = capsule.get_pointer<dlpack::ExchangeAPI>();
     if (exchange->major_version != dlpack::kMajorVersion) throw py::import_error("DLPack");
@@ -57,15 +88,38 @@ bool says_no(PyObject* answer) {
   return no;
 }
 
-bool read(PyObject* given, dlpack::Tensor& tensor) {
+// On any device. What is read is good as long as its memory is.
+bool borrow(PyObject* given, dlpack::Tensor& tensor) {
   // A subclass may hold anything.
   if (Py_TYPE(given) != torch->tensor && Py_TYPE(given) != torch->parameter) return false;
   if (torch->exchange->tensor_from_object(given, &tensor) != 0) return PyErr_Clear(), false;
-  if (tensor.device_type != dlpack::kCPU) return false;
+  const auto handle =
+      reinterpret_cast<AtenTensorHandle>(reinterpret_cast<char*>(given) + torch->handle);
+  int64_t found = 0, offset = 0;
+  return storage_of(handle, &found, &offset) &&
+         bytes_needed(tensor.ndim, tensor.shape, tensor.strides, offset, tensor.bits / 8) <= found;
+}
+
+bool read(PyObject* given, dlpack::Tensor& tensor) {
+  if (!borrow(given, tensor) || tensor.device_type != dlpack::kCPU) return false;
   // A tensor of zeros may have no memory.
   if (!tensor.data) return std::count(tensor.shape, tensor.shape + tensor.ndim, 0) > 0;
   tensor.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
   return true;
+}
+
+PyObject* readable(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  dlpack::Tensor first{}, tensor{};
+  bool found = false;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (given[i] == Py_None) continue;
+    if (!torch || !borrow(given[i], tensor)) Py_RETURN_FALSE;
+    if (!std::exchange(found, true)) first = tensor;
+    if (tensor.device_type != first.device_type || tensor.device_index != first.device_index) {
+      Py_RETURN_FALSE;
+    }
+  }
+  Py_RETURN_TRUE;
 }
 
 bool number_of(const dlpack::Tensor& tensor, Number& number) {
@@ -151,7 +205,7 @@ bool DirectWeight::read(PyObject* const* given) {
   }
   const int64_t bn = values.shape[1], bk = values.shape[2];
   nnz = values.shape[0];
-  if (bn < 1 || bk < 1 || std::max({nnz, bn, bk}) > INT32_MAX) return false;
+  if (bn < 1 || bk < 1 || std::max({nnz, bn, bk}) > INT32_MAX || bn * bk > INT32_MAX) return false;
   view = {values.data,
           number,
           static_cast<const int32_t*>(crow.data),
@@ -286,6 +340,8 @@ PyObject* DirectResults::tuple() {
   }
   return made;
 }
+
+void bind_readable(py::module_& m) { bind_direct(m, "readable", &readable); }
 
 void look_up_torch() {
   try {

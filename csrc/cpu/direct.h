@@ -126,6 +126,10 @@ PyObject* direct(Py_ssize_t expected, Py_ssize_t found, Call call) {
   Py_RETURN_NONE;
 }
 
+// readable(*tensors): whether all of them (None is none) are plain tensors of one device whose
+// memory holds what they say. False also where there is no telling.
+void bind_readable(pybind11::module_& m);
+
 // Once, before any call: it may run Python, which a call must not do inside a lock.
 void look_up_torch();
 

@@ -24,12 +24,14 @@ const RnntLoops<T>& loops() {
   if constexpr (!std::is_same_v<T, float>) return PRUNELM_CHOSEN(rnnt_loops_double);
 }
 
+// NaN where a or b is: they are not ordered, so that both branches below must pass NaN on.
 double log_add(double a, double b) {
-  const double high = std::max(a, b);
-  const double below = std::min(a, b) - high;
-  // e^-40 is less than half of 1's last bit; NaN (both are -inf, or one is NaN) goes on.
-  if (below < -40) return high;
-  return high == kNone ? kNone : high + std::log1p(std::exp(below));
+  const bool a_is_higher = a > b;
+  const double high = a_is_higher ? a : b, low = a_is_higher ? b : a;
+  if (high == kNone) return low;
+  const double below = low - high;
+  if (below < -40) return high;  // e^-40 is less than half of 1's last bit
+  return high + std::log1p(std::exp(below));
 }
 
 // One utterance: the lattice in double, because T + U terms of float32 lose what the loss needs.

@@ -34,8 +34,8 @@ T dot(const T* a, const T* b, int64_t size) {
 
 template <typename T>
 void softmax(T* x, int64_t size) {
-  T high = x[0];
-  for (int64_t i = 1; i < size; ++i) high = x[i] > high ? x[i] : high;
+  T high = x[0];  // or NaN where one is, which makes all of them NaN
+  for (int64_t i = 1; i < size; ++i) high = x[i] > high || x[i] != x[i] ? x[i] : high;
   T sum = 0;
   for (int64_t i = 0; i < size; i += kLanes<T>) {
     const int64_t count = size - i < kLanes<T> ? size - i : kLanes<T>;

@@ -22,6 +22,7 @@ COMMANDS = {
     "plan": ("pruning.plan", "say what pruning would take, and the smallest size in reach"),
     "evaluate": ("speech.evaluate", "perplexity of a text, word error rate of a corpus"),
     "decode": ("speech.decode", "turn speech into n-best lists"),
+    "tune": ("speech.tune", "choose the LM weight and token reward on validation speech"),
     "bench kernels": ("machine.bench", "the kernels against torch's own"),
     "bench decoding": ("machine.bench", "beam search with and without fusion"),
     "study": ("studies.study", "a grid of methods, criteria, schedules and sizes; resumable"),

@@ -26,8 +26,8 @@ def demo(
     targets: Sizes = "50%,35%,25%",
     steps: int = 60,
     lr: float = 1e-3,
-    lm_weight: float | None = None,
-    token_reward: float | None = None,
+    lm_weight: float | Literal["auto"] = "auto",
+    token_reward: float | Literal["auto"] = "auto",
     beam: int = 4,
     threads: int | None = None,
 ) -> None:
@@ -44,17 +44,18 @@ def demo(
         targets: sizes, falling, with commas between them.
         steps: of recovery, for each size.
         lr: highest learning rate of the recovery.
-        lm_weight: of the LM in fusion; by default chosen on valid.tsv in data, 0.3 without it.
-        token_reward: added for each token; by default chosen on valid.tsv in data, 0 without it.
+        lm_weight: of the LM in fusion; auto: as chosen for the models before, else on valid.tsv
+            in data, 0.3 without it.
+        token_reward: added for each token; auto: as chosen likewise, 0 without valid.tsv.
         beam: hypotheses kept by the search.
         threads: of torch; by default its own choice.
     """
     set_threads(threads)
     with shown_progress() as progress:
         path = run_study(
-            out, demo_grid(_parts(targets), steps, lr), title="prunelm demo", weight=lm_weight,
-            reward=token_reward, beam=beam, data=data, lm=lm, recogniser=recogniser,
-            corpus=corpus, text=text, progress=progress,
+            out, demo_grid(_parts(targets), steps, lr), title="prunelm demo",
+            lm_weight=_number(lm_weight), token_reward=_number(token_reward), beam=beam,
+            data=data, lm=lm, recogniser=recogniser, corpus=corpus, text=text, progress=progress,
         )  # fmt: skip
     _show(out, path)
 
@@ -70,8 +71,8 @@ def study(
     targets: Sizes = "",
     seeds: Commas = "",
     steps: int | None = None,
-    lm_weight: float | None = None,
-    token_reward: float | None = None,
+    lm_weight: float | Literal["auto"] = "auto",
+    token_reward: float | Literal["auto"] = "auto",
     beam: int = 4,
     threads: int | None = None,
 ) -> None:
@@ -103,8 +104,8 @@ def study(
     with shown_progress() as progress:
         progress.say(f"{grid.size} cells in {out}")
         path = run_study(
-            out, grid, weight=lm_weight, reward=token_reward, beam=beam, data=data, lm=lm,
-            recogniser=recogniser, corpus=corpus, text=text, progress=progress,
+            out, grid, lm_weight=_number(lm_weight), token_reward=_number(token_reward), beam=beam,
+            data=data, lm=lm, recogniser=recogniser, corpus=corpus, text=text, progress=progress,
         )  # fmt: skip
     _show(out, path)
 
@@ -148,9 +149,13 @@ def _show(folder: Path, path: Path) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=150)  # a file has no edge to wrap at
-    console.print(text_table(read_results(folder)))
+    console.print(text_table(read_results(folder), console.width))
     print(f"report: {path}")
 
 
 def _parts(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _number(value: float | Literal["auto"]) -> float | None:
+    return None if value == "auto" else value

@@ -13,11 +13,11 @@ from prunelm.data.speech import hold_out_speakers, load_corpus
 from prunelm.data.speech_batches import Augmentation, SpeechBatches
 from prunelm.data.text import TokenBatches, read_lines
 from prunelm.data.tokenizer import Tokenizer
+from prunelm.decoding.transcribe import SearchOptions, best_words, encode, search
 from prunelm.metrics.perplexity import perplexity
 from prunelm.metrics.wer import word_error_rate
 from prunelm.models.lm import LayerSizes, LMConfig, TransformerLM
 from prunelm.models.transducer import Transducer, TransducerConfig
-from prunelm.study.recognition import Searching, encode, transcribe
 from prunelm.study.testbed import token_ids
 from prunelm.training.checkpoint import copy_weights, load_model, untied_weights
 from prunelm.training.loop import TrainOptions, train
@@ -178,7 +178,8 @@ def train_recogniser(
 
     def greedy_wer(recogniser: nn.Module) -> float:
         assert isinstance(recogniser, Transducer)
-        heard = transcribe(recogniser, pieces, encode(recogniser, valid), how=Searching(beam=0))
+        found = search(recogniser, encode(recogniser, valid), options=SearchOptions(beam=0))
+        heard = best_words(found, pieces)
         return word_error_rate([u.text for u in valid], [heard[u.id] for u in valid]).rate
 
     history = train(

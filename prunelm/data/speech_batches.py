@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from prunelm.data.resampling import change_speed
-from prunelm.data.speech import Utterance, read_audio
+from prunelm.data.audio import audio_seconds, read_audio
+from prunelm.data.files import shown
+from prunelm.data.manifest import Utterance
+from prunelm.data.resampling import change_speed, check_speed
 from prunelm.data.tokenizer import UNKNOWN, Tokenizer
 from prunelm.models.features import LogMel, spec_augment, warp_bins
 
@@ -57,8 +59,10 @@ class Augmentation:
     bin_width: int = 15
 
     def __post_init__(self) -> None:
-        if not self.speeds or min(self.speeds) <= 0:
-            raise ValueError(f"speeds: expected numbers above 0, got {list(self.speeds)}")
+        if not self.speeds:
+            raise ValueError("speeds: expected at least one, got none")
+        for speed in self.speeds:
+            check_speed(speed)
         if not 0 <= self.warp < 1:
             raise ValueError(f"warp: expected a fraction in [0, 1), got {self.warp}")
 
@@ -122,7 +126,9 @@ class SpeechBatches:
 
         Args:
             utterances: at least one.
-            seconds: audio in a batch, about.
+            seconds: audio in a batch, about. A batch ends where its share of an epoch is reached,
+                so that it holds at most 1.5 `seconds` and one utterance more; a recording that
+                is longer than a batch is neither cut nor left out.
             short_first: batches that are sorted by length, at most an epoch's.
             augmentation: None: the features as they are.
             cache: to share among several; None: a new one.
@@ -133,16 +139,16 @@ class SpeechBatches:
         """
         if not utterances:
             raise ValueError("utterances: expected at least one, got none")
-        if not seconds > 0:
-            raise ValueError(f"seconds: expected more than 0, got {seconds}")
+        if not 0 < seconds < math.inf:
+            raise ValueError(f"seconds: expected a number above 0, got {seconds}")
         self.utterances, self.augmentation = list(utterances), augmentation
         self.cache = cache or FeatureCache(LogMel())
         self.seed, self.rank, self.world = seed, rank, world
         self.short_first = short_first
         self.tokens = [token_ids(each, tokenizer) for each in utterances]
         self.seconds = [length_seconds(each) for each in utterances]
-        total = math.fsum(self.seconds)
-        self.count = min(max(round(total / seconds), 1), len(self.utterances))
+        wanted = math.fsum(self.seconds) / seconds
+        self.count = round(min(max(wanted, 1), len(self.utterances)))
         self._epoch = -1
         self._batches: list[list[tuple[int, float]]] = []
 
@@ -205,22 +211,24 @@ def _generator(seed: int, kind: str, number: int) -> torch.Generator:
 
 
 def token_ids(utterance: Utterance, tokenizer: Tokenizer) -> list[int]:
-    """The transcript's ids; ValueError names a transcript with characters unknown to it."""
+    """The transcript's ids; ValueError names an utterance with none or with unknown characters."""
     ids = tokenizer.encode(utterance.text)
     if UNKNOWN in ids:
-        letters = set(utterance.text) - {" "}
+        letters = {letter for letter in utterance.text if not letter.isspace()}
         unknown = sorted(letter for letter in letters if UNKNOWN in tokenizer.encode(letter))
         raise ValueError(
             f"{utterance.id}: expected a transcript within the tokenizer's characters, "
-            f"got {' '.join(unknown)!r} in {utterance.text!r}"
+            f"got {shown(' '.join(unknown))!r} in {shown(utterance.text)!r}"
         )
     return ids
 
 
 def length_seconds(utterance: Utterance) -> float:
-    """The utterance's length, from its file's header where the corpus does not say."""
-    import soundfile
+    """The utterance's length, from its file's header where the corpus does not say.
 
+    Raises:
+        FileNotFoundError, ValueError: the file is missing or no audio; names it.
+    """
     if utterance.seconds is not None:
         return utterance.seconds
-    return float(soundfile.info(utterance.audio_path).duration)
+    return audio_seconds(utterance.audio_path)

@@ -1,6 +1,5 @@
 """Lines of text, the form in which recognisers write them, and token ids for training an LM."""
 
-import gzip
 import json
 import re
 import unicodedata
@@ -12,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prunelm.data.files import replace_file
+from prunelm.data.files import replace_file, require_file
+from prunelm.data.lines import read_lines as read_lines
 from prunelm.data.tokenizer import BOUNDARY, UNKNOWN, Tokenizer
 
 FORMAT = 1
+_DTYPES = {name: name for name in ("<u2", "<i4")}
 _NO_LETTER = re.compile(r"[^a-z']+")
 _EDGE_APOSTROPHE = re.compile(r"(?<![a-z])'+|'+(?![a-z])")
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]*[A-Z])")
@@ -34,29 +35,6 @@ _ABBREVIATIONS = {
     "gen.",
     "esq.",
 }
-
-
-def read_lines(path: Path | str) -> list[str]:
-    """Lines of a UTF-8 file, plain or .gz, without their ends.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is cut short or not UTF-8.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"text: expected a file, got {path}")
-    try:
-        if path.suffix == ".gz":
-            with gzip.open(path, "rt", encoding="utf-8") as file:
-                return file.read().splitlines()
-        return path.read_text(encoding="utf-8").splitlines()
-    except (EOFError, gzip.BadGzipFile):
-        raise ValueError(f"{path}: expected a whole gzip file, got one cut short") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: expected UTF-8, got {error.reason} at byte {error.start}"
-        ) from None
 
 
 def normalise(text: str) -> str:
@@ -135,18 +113,17 @@ class TokenIds:
 
         Raises:
             FileNotFoundError: it or its header is missing.
-            ValueError: it was cut short, or written with another tokenizer.
+            ValueError: it was cut short or changed, or written with another tokenizer.
         """
         path = Path(path)
         for file in (path, path.with_suffix(".json")):
-            if not file.is_file():
-                raise FileNotFoundError(f"token ids: expected a file, got {file}")
+            require_file("token ids", file)
         try:
             header = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
             found, self.tokens = str(header["tokenizer"]), int(header["tokens"])
             self.lines, self.words = int(header["lines"]), int(header["words"])
-            self.unknown, dtype = int(header["unknown"]), np.dtype(header["dtype"])
-        except (ValueError, KeyError, TypeError):
+            self.unknown, dtype = int(header["unknown"]), np.dtype(_DTYPES[header["dtype"]])
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise ValueError(
                 f"{path.with_suffix('.json')}: expected a header of token ids"
             ) from None
@@ -155,7 +132,14 @@ class TokenIds:
         if size != self.tokens * dtype.itemsize:
             expected = self.tokens * dtype.itemsize
             raise ValueError(f"{path}: expected {expected} bytes, got {size}")
+        if size < dtype.itemsize:
+            raise ValueError(f"{path}: expected at least one id, got none")
         self.ids = np.memmap(path, dtype, "r")
+        low, high = int(self.ids.min()), int(self.ids.max())
+        if low < 0 or high >= tokenizer.vocab_size:
+            raise ValueError(
+                f"{path}: expected ids from 0 to {tokenizer.vocab_size - 1}, got {low} to {high}"
+            )
 
     def __iter__(self) -> Iterator[list[int]]:
         """Each line's ids, without boundaries."""

@@ -2,11 +2,13 @@
 
 import hashlib
 import io
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from prunelm.data.files import replace_file
+from prunelm.data.files import replace_file, require_file, shown
+from prunelm.data.lines import LONGEST_LINE, cut_line
 
 BOUNDARY = 0
 """The LM's start and end of a line, and the transducer's blank."""
@@ -14,11 +16,14 @@ BOUNDARY = 0
 UNKNOWN = 1
 """What stands for characters that training never saw."""
 
+_OTHER_SPACE = re.compile(r"[^\S ]")
+
 
 class Tokenizer:
     """A trained sentencepiece model: id 0 `<s>`, id 1 `<unk>`, then pieces.
 
-    Text is taken as it is, without normalisation beyond runs of spaces: see `prunelm.data.text`.
+    White space of any kind (tabs, no-break spaces, line separators) reads as a space, and runs of
+    it as one. Beyond that text is taken as it is: see `prunelm.data.text.normalise`.
     """
 
     def __init__(self, model: bytes) -> None:
@@ -45,13 +50,27 @@ class Tokenizer:
         return int(self._processor.GetPieceSize())
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a line, without boundaries; [] for an empty line."""
-        ids: list[int] = self._processor.EncodeAsIds(text)
+        """Ids of a line, without boundaries; [] for an empty line.
+
+        Raises:
+            ValueError: half of a surrogate pair, which stands for no character.
+        """
+        plain = _OTHER_SPACE.sub(" ", text)
+        try:
+            ids: list[int] = self._processor.EncodeAsIds(plain)
+        except (RuntimeError, TypeError):  # what the binding says of strings that are no UTF-8
+            _refuse_surrogates([plain])
+            raise
         return ids
 
     def encode_lines(self, lines: Sequence[str], threads: int = 1) -> list[list[int]]:
         """`encode` of many lines, in `threads` threads."""
-        ids: list[list[int]] = self._processor.Encode(list(lines), num_threads=threads)
+        plain = [_OTHER_SPACE.sub(" ", line) for line in lines]
+        try:
+            ids: list[list[int]] = self._processor.Encode(plain, num_threads=threads)
+        except (RuntimeError, TypeError):
+            _refuse_surrogates(plain)
+            raise
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -71,7 +90,7 @@ class Tokenizer:
         if fingerprint != self.fingerprint:
             raise ValueError(
                 f"{owner}: expected the vocabulary {self.fingerprint} of the tokenizer in use, "
-                f"got {fingerprint}"
+                f"got {shown(fingerprint)}"
             )
 
     def save(self, path: Path | str) -> None:
@@ -82,9 +101,7 @@ class Tokenizer:
     @staticmethod
     def load(path: Path | str) -> "Tokenizer":
         """Reads what `save` wrote; ValueError or FileNotFoundError names the file."""
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"tokenizer: expected a file, got {path}")
+        path = require_file("tokenizer", path)
         try:
             return Tokenizer(path.read_bytes())
         except ValueError as error:
@@ -97,15 +114,21 @@ class Tokenizer:
         """Trains on lines of normalised text; equal lines give an equal tokenizer.
 
         Args:
-            lines: every character in them gets an id.
+            lines: every character in them gets an id; lines longer than `LONGEST_LINE` are cut.
             vocab_size: ids in all for "unigram", the most that there may be for "char".
             kind: "char" or "unigram" (Kudo 2018, arXiv 1804.10959).
+
+        Raises:
+            ValueError: no line with a word, a size that these lines do not allow, or half of a
+                surrogate pair.
         """
         import sentencepiece
 
         if kind not in ("char", "unigram"):
             raise ValueError(f"kind: expected char or unigram, got {kind!r}")
-        kept = [line for line in (line.strip() for line in lines) if line]
+        plain = [_OTHER_SPACE.sub(" ", line).strip() for line in lines]
+        kept = [part for line in plain if line for part in cut_line(line, LONGEST_LINE)]
+        _refuse_surrogates(kept)
         if not kept:
             raise ValueError("lines: expected at least one line that is not empty, got none")
         needed = 3 + len(set().union(*map(set, kept)) - {" "})  # <s>, <unk> and the space
@@ -133,3 +156,12 @@ class Tokenizer:
             reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]
             raise ValueError(f"vocab_size: sentencepiece refuses {vocab_size}: {reason}") from None
         return Tokenizer(model.getvalue())
+
+
+def _refuse_surrogates(lines: Iterable[str]) -> None:
+    for number, line in enumerate(lines, 1):
+        if any("\ud800" <= character <= "\udfff" for character in line):
+            raise ValueError(
+                f"lines: expected Unicode text, got half of a surrogate pair in line {number}, "
+                f"{shown(line)!r}"
+            )

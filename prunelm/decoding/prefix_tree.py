@@ -1,13 +1,15 @@
 """Hypotheses as nodes of one prefix tree: merging is exact, a reorder copies integers."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 import prunelm._C as _C
 from prunelm.ops.beam_step import BeamStep
+from prunelm.ops.tensors import check_tensors
 
 
 class NewRows(NamedTuple):
@@ -37,6 +39,17 @@ class PrefixTree:
     nothing ever moves. Times and acoustic log-probs belong to hypotheses, since one sequence has
     many alignments; where two hypotheses merge, the scores are added as probabilities and the
     first one's times stay.
+
+    What a method refuses changes nothing: IndexError for an utterance, slot or token that there is
+    not, ValueError for the rest (a shape, a dtype, a dead parent, more nodes or emissions than fit
+    into int32, more numbers than any beam has), TypeError for what is no number or tensor.
+
+    Args:
+        utterances: B.
+        beam: W, at least 1.
+        terms: how many terms of `beam_step` scores are made of.
+        vocabulary: V, at least 1.
+        silent: tokens that extend nothing.
 
     Attributes:
         score: [B, W] float64, -inf in dead slots; a view that `advance` updates.
@@ -76,7 +89,9 @@ class PrefixTree:
             None if all are silent. Else the nodes that lack a row, and [n, W] int64: where each
             extension's value lies in the rows [.., V] laid out flat, -1 for the silent ones.
         """
-        planned = self._tree.plan(step.parent.numpy(), step.token.numpy(), step.score.numpy())
+        _check_step(step)
+        arrays = _arrays(parent=step.parent, token=step.token, score=step.score)
+        planned = self._tree.plan(*arrays)
         if planned is None:
             return None
         return _new_rows(planned[0]), torch.from_numpy(planned[1])
@@ -89,25 +104,23 @@ class PrefixTree:
         """Moves the first n utterances to what `beam_step` chose, and merges.
 
         Args:
-            time: the frame.
-            step: of n utterances, on the CPU, float64.
+            time: the frame, from 0 on.
+            step: of n utterances, on the CPU; score and parts [n, W, 1 to 1 + terms] float64.
             values: [terms, n, W] float64, what the terms add, where step has them not yet.
 
         Returns:
             The first utterance where a score became NaN or +inf, or -1.
         """
-        return self._tree.advance(
-            time,
-            step.parent.numpy(),
-            step.token.numpy(),
-            step.score.numpy(),
-            step.parts.numpy(),
-            None if values is None else values.numpy(),
+        _check_step(step)
+        parent, token, score, parts = _arrays(
+            parent=step.parent, token=step.token, score=step.score, parts=step.parts
         )
+        added = None if values is None else _arrays(values=values)[0]
+        return self._tree.advance(time, parent, token, score, parts, added)
 
     def take_new(self, context: int | None) -> NewRows:
         """Nodes that the predictor has not seen; context None: their whole prefix from the root."""
-        return _new_rows(self._tree.take_new(context or 0))
+        return _new_rows(self._tree.take_new(0 if context is None else context))
 
     def emissions(self, utterance: int, slot: int) -> tuple[list[int], list[int], list[float]]:
         """Tokens of a hypothesis, their frames and their acoustic log-probs."""
@@ -116,6 +129,27 @@ class PrefixTree:
     def release(self, utterance: int) -> None:
         """Lets go of an utterance's hypotheses."""
         self._tree.release(utterance)
+
+
+def _check_step(step: BeamStep) -> None:
+    if not isinstance(step, BeamStep):
+        raise TypeError(f"step: expected a BeamStep, got {type(step).__name__}")
+
+
+def _arrays(**tensors: Tensor) -> list[NDArray[Any]]:
+    """Views of CPU tensors for the extension, which looks at shapes and numbers."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{name}: expected a tensor on the CPU, got {tensor.device}")
+        if tensor.dtype not in (torch.int32, torch.int64, torch.float32, torch.float64):
+            raise ValueError(f"{name}: expected int64 or float64 numbers, got {tensor.dtype}")
+    try:
+        check_tensors(**tensors)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+    return [tensor.detach().resolve_neg().numpy() for tensor in tensors.values()]
 
 
 def _new_rows(arrays: "_C._Rows") -> NewRows:

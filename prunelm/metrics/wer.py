@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _Ints = NDArray[np.int64]
-_DRAWS = 10_000  # 100 times 100, for memory
+_DRAWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,9 @@ def compare(refs: Sequence[str], hyps_a: Sequence[str], hyps_b: Sequence[str]) -
 def _split(name: str, texts: Sequence[str]) -> list[list[str]]:
     if isinstance(texts, str):
         raise ValueError(f"{name}: expected a list of transcripts, got one string")
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            raise ValueError(f"{name}: expected text, got {text!r} as transcript {number}")
     return [text.split() for text in texts]
 
 
@@ -115,9 +118,11 @@ def _edits(refs: list[list[str]], hyps: list[list[str]], name: str = "hyps") -> 
 def _draw(counts: _Ints) -> _Ints:
     """Sums over utterances drawn with replacement, [draws, columns]; the same draws every time."""
     generator = np.random.default_rng(0)
+    at_once = max(min(100, 10_000_000 // len(counts)), 1)  # for memory; any number draws the same
+    sizes = [min(at_once, _DRAWS - begin) for begin in range(0, _DRAWS, at_once)]
     sums = [
         [column[chosen].sum(1) for column in counts.T]
-        for chosen in (generator.integers(len(counts), size=(100, len(counts))) for _ in range(100))
+        for chosen in (generator.integers(len(counts), size=(n, len(counts))) for n in sizes)
     ]
     return np.concatenate(sums, 1).T
 

@@ -7,6 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_PIECE = 1 << 18  # samples
+_LOUDEST = 1e9  # float32 holds the energies of samples 1,000 times as loud
+
 
 @dataclass(frozen=True)
 class LogMel:
@@ -25,7 +28,8 @@ class LogMel:
             audio: [S] samples in [-1, 1] at `rate`; any float dtype.
 
         Raises:
-            ValueError: `audio` is not one channel, is too short for one frame, or not finite.
+            ValueError: `audio` is not one channel, is too short for one frame, is not finite, or is
+                so loud that energies overflow.
         """
         import kaldi_native_fbank
 
@@ -34,21 +38,33 @@ class LogMel:
             raise ValueError(f"audio: expected one channel [S], got shape {list(samples.shape)}")
         if not np.isfinite(samples).all():
             raise ValueError("audio: expected finite samples, got NaN or infinity")
+        loudest = np.abs(samples).max(initial=0.0)
+        if loudest > _LOUDEST:
+            raise ValueError(f"audio: expected samples in [-1, 1], got up to {loudest:.3g}")
         options = kaldi_native_fbank.FbankOptions()
         options.frame_opts.samp_freq = self.rate
         options.frame_opts.dither = 0.0
         options.frame_opts.snip_edges = False
         options.mel_opts.num_bins = self.bins
         computer = kaldi_native_fbank.OnlineFbank(options)
-        computer.accept_waveform(self.rate, (samples * 32768).tolist())  # Kaldi's int16 range
-        computer.input_finished()
-        frames = computer.num_frames_ready
-        if frames == 0:
+        parts = []
+        done = 0
+        # A piece at a time, so that the binding's copies stay small beside the recording.
+        for begin in range(0, len(samples), _PIECE):
+            piece = samples[begin : begin + _PIECE] * np.float32(32768)  # Kaldi's int16 range
+            computer.accept_waveform(self.rate, piece)
+            if begin + _PIECE >= len(samples):
+                computer.input_finished()
+            ready = computer.num_frames_ready
+            if ready > done:
+                parts.append(np.stack([computer.get_frame(i) for i in range(done, ready)]))
+                computer.pop(ready - done)
+                done = ready
+        if not parts:
             raise ValueError(
                 f"audio: expected at least one 10 ms frame, got {len(samples)} samples"
             )
-        energies = torch.from_numpy(np.stack([computer.get_frame(i) for i in range(frames)]))
-        return normalise(energies)
+        return normalise(torch.from_numpy(np.concatenate(parts)))
 
 
 def normalise(features: Tensor) -> Tensor:

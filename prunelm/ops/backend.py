@@ -85,6 +85,12 @@ def refusals(op: str, x: Tensor, weights: Mapping[str, Tensor]) -> dict[str, tup
     return {name: tuple(why) for name, why in reasons.items() if why}
 
 
+def in_onnx_export() -> bool:
+    """Whether torch.onnx.export is looking on, which knows plain torch only."""
+    looked_at = torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+    return looked_at and torch.onnx.is_in_onnx_export()
+
+
 def triton_is_interpreted() -> bool:
     """Whether Triton kernels run on CPU tensors, for tests; set before triton is imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -10,6 +10,7 @@ from torch.compiler import is_compiling
 import prunelm._C
 from prunelm.ops import _library  # noqa: F401  (loads the extension)
 from prunelm.ops.backend import WITH_CUDA, WITH_TRITON, triton_is_interpreted
+from prunelm.ops.tensors import can_look_at, check_one_device, check_tensors
 
 Term = tuple[Tensor, Tensor, Tensor]
 Prune = Literal["late", "early", "after"]
@@ -109,6 +110,7 @@ def beam_step(
             return BeamStep._make(chosen)
     if prune not in ("late", "early", "after"):
         raise ValueError(f"prune: expected late, early or after, got {prune!r}")
+    _check_all(score, am_logits, terms, slot, token_reward)
     run = _runner(am_logits.device, backend)
     if am_logits.dtype in (torch.float16, torch.bfloat16):
         am_logits = am_logits.float()
@@ -132,6 +134,22 @@ def beam_step(
         weigh_blank,
     )
     return BeamStep(*out)
+
+
+def _check_all(
+    score: Tensor,
+    am_logits: Tensor,
+    terms: Sequence[Term],
+    slot: Tensor | None,
+    token_reward: Tensor | float | None,
+) -> None:
+    """Refuses what cannot be read."""
+    named: dict[str, Tensor | None] = {"score": score, "am_logits": am_logits, "slot": slot}
+    for i, (rows, row, weight) in enumerate(terms):
+        named |= {f"rows of term {i}": rows, f"row of term {i}": row, f"weight of term {i}": weight}
+    if not isinstance(token_reward, (int, float)):
+        named["token_reward"] = token_reward
+    check_tensors(**named)
 
 
 def _runner(device: torch.device, backend: Backend | None) -> Callable[..., tuple[Tensor, ...]]:
@@ -205,6 +223,7 @@ def _reference(
     weigh_blank: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     W, V = am_logits.shape[1:]
+    _check_numbers(score, rows, row, slot, silent, temperature, W, V)
     slot = torch.zeros_like(score, dtype=torch.int64) if slot is None else slot
     live = (slot != DEAD) & (score != -torch.inf)
     expands = live & (slot == EXPAND)
@@ -260,6 +279,41 @@ def _reference(
     parts = torch.stack([part.flatten(1).gather(1, index) for part in (lp, *added)], -1)
     parts = parts.where(filled[..., None], 0).to(score.dtype)
     return out, parent, token, parts, bad
+
+
+def _check_numbers(
+    score: Tensor,
+    rows: list[Tensor],
+    row: list[Tensor],
+    slot: Tensor | None,
+    silent: list[int],
+    temperature: float,
+    W: int,
+    V: int,
+) -> None:
+    """As the compiled op does, where looking costs no wait for a device and nothing is traced."""
+    if W < 1 or V < 1:
+        raise RuntimeError(f"am_logits: expected W and V of at least 1, got {[len(score), W, V]}")
+    if not silent:
+        raise RuntimeError("silent: expected at least the blank token, got none")
+    for token in silent:
+        if not 0 <= token < V:
+            raise RuntimeError(f"silent: expected tokens from 0 to {V - 1}, got {token}")
+    if not temperature > 0:
+        raise RuntimeError(f"temperature: expected a number above 0, got {temperature}")
+    given = () if slot is None else (slot,)
+    if not can_look_at(score, *row, *given):
+        return
+    expands = score != -torch.inf
+    if slot is not None:
+        wrong = slot[(slot < EXPAND) | (slot > DEAD)]
+        if len(wrong):
+            raise RuntimeError(f"slot: expected 0 to 3, got {int(wrong[0])}")
+        expands = expands & (slot == EXPAND)
+    for values, index in zip(rows, row, strict=True):
+        wrong = index[expands & ((index < 0) | (index >= len(values)))]
+        if len(wrong):
+            raise RuntimeError(f"row: expected 0 to {len(values) - 1}, got {int(wrong[0])}")
 
 
 def _log_probs(
@@ -338,6 +392,10 @@ def _fake(
     prune: str,
     weigh_blank: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    named = {"score": score, "am_logits": am_logits, "slot": slot, "token_reward": token_reward}
+    for name, tensors in (("rows", rows), ("row", row), ("weight", weight)):
+        named |= {f"{name} {i}": tensor for i, tensor in enumerate(tensors)}
+    check_one_device(named)
     index = torch.empty_like(score, dtype=torch.int64)
     parts = score.new_empty(*score.shape, 1 + len(rows))
     bad = score.new_empty(score.shape[:1], dtype=torch.bool)
@@ -359,6 +417,16 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     """Scatters the gradients of the chosen extensions to what they were made of."""
     grad_score, _, _, grad_parts, _ = grads
     am_logits, out, parent, token, parts, *saved = ctx.saved_tensors
+    check_tensors(
+        grad_score=grad_score,
+        grad_parts=grad_parts,
+        am_logits=am_logits,
+        score=out,
+        parent=parent,
+        token=token,
+        parts=parts,
+        **{f"saved {i}": tensor for i, tensor in enumerate(saved)},
+    )
     n = ctx.terms
     rows, row, weight = saved[:n], saved[n : 2 * n], saved[2 * n : 3 * n]
     utterance = torch.arange(len(out), device=out.device)[:, None].expand_as(parent)

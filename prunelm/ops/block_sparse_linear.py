@@ -17,7 +17,8 @@ from prunelm.ops.activation import (
     activation_code,
     activation_gradient,
 )
-from prunelm.ops.backend import WITH_TRITON, autocast, choose
+from prunelm.ops.backend import WITH_TRITON, autocast, choose, in_onnx_export
+from prunelm.ops.tensors import can_look_at, check_one_device, check_tensors
 from prunelm.sparse import BlockSparse
 
 _OP = torch.ops.prunelm.block_sparse_linear.default  # an overload found once saves a look-up
@@ -40,6 +41,7 @@ def block_sparse_linear(
     may round otherwise there. Triton departs from both: with TF32, and in 16 bits for bn < 8, it
     may round otherwise for M below 64; and it takes up to 128 outputs together, so that what is not
     finite in x meets zeros where another of their block rows stores something.
+    Under torch.onnx.export the reference runs, in plain torch.
     Sums are float32 (float64 for float64), also for 16-bit dtypes. Gradients flow to x,
     weight.values and bias; values of a block past N or K get zeros.
 
@@ -64,10 +66,13 @@ def block_sparse_linear(
         y = _direct(x, weight.values, weight.crow, weight.col, weight.shape, bias, activation)
         if y is not None:
             return y
+    check_tensors(x=x, values=weight.values, crow=weight.crow, col=weight.col, bias=bias)
     code, K = activation_code(activation), weight.shape[1]
     if x.dim() < 1 or x.shape[-1] != K:
         raise ValueError(f"x: expected [..., {K}], got {list(x.shape)}")
     values, device = weight.values, x.device.type
+    if x.is_nested or (backend is None and in_onnx_export()):
+        return block_sparse_linear_reference(x, weight, bias, activation)
     if torch.is_autocast_enabled(device):
         x, values, bias = autocast(x, values, bias)
     weights = {"values": values}
@@ -87,8 +92,31 @@ def block_sparse_linear_reference(
     x: Tensor, weight: BlockSparse, bias: Tensor | None = None, activation: str | None = None
 ) -> Tensor:
     """block_sparse_linear in plain torch, through the dense weight."""
+    check_tensors(x=x, values=weight.values, crow=weight.crow, col=weight.col, bias=bias)
+    _check_pattern(weight)
     bias = None if bias is None else bias.to(x.dtype)
     return activate(F.linear(x, weight.to_dense().to(x.dtype), bias), activation)
+
+
+def _check_pattern(weight: BlockSparse) -> None:
+    """As the compiled op does, where looking costs no wait for a device and nothing is traced."""
+    crow, col = weight.crow, weight.col
+    if not can_look_at(crow, col):
+        return
+    (N, K), (bn, bk) = weight.shape, weight.block
+    rows, columns = -(-N // bn), -(-K // bk)
+    for name, index, size in (("crow", crow, rows + 1), ("col", col, weight.nnz)):
+        if index.dtype != torch.int32 or index.shape != (size,):
+            found = f"{index.dtype} {list(index.shape)}"
+            raise RuntimeError(f"{name}: expected torch.int32 [{size}], got {found}")
+    if crow[0] != 0 or crow[-1] != weight.nnz or (crow.diff() < 0).any():
+        raise RuntimeError("crow: expected 0 to nnz, never falling, got something else")
+    begins = torch.zeros(weight.nnz + 1, dtype=torch.bool).index_fill(0, crow.long(), True)
+    rises = (col.diff() > 0) | begins[1:-1]
+    if (col < 0).any() or (col >= columns).any() or not rises.all():
+        raise RuntimeError(
+            f"col: expected columns in [0, {columns}), ascending in each row, got something else"
+        )
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -172,6 +200,7 @@ def _fake(
     activation: int,
     schedule: Tensor | None = None,
 ) -> Tensor:
+    check_one_device({"x": x, "values": values, "crow": crow, "col": col, "bias": bias})
     return x.new_empty((*x.shape[:-1], out_features))
 
 
@@ -185,6 +214,7 @@ def _fake_grad_x(
     in_features: int,
     schedule: Tensor | None = None,
 ) -> Tensor:
+    check_one_device({"grad": grad, "values": values, "crow": crow, "col": col})
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 
@@ -199,6 +229,7 @@ def _fake_grad_values(
     bk: int,
     schedule: Tensor | None = None,
 ) -> Tensor:
+    check_one_device({"grad": grad, "x": x, "crow": crow, "col": col})
     return grad.new_empty((col.shape[0], bk, bn)).transpose(1, 2)
 
 
@@ -209,6 +240,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor, run: Any) -> tuple[Tensor | None, ...]:
     x, values, crow, col, bias, schedule = ctx.saved_tensors
+    check_tensors(grad=grad, x=x, values=values, crow=crow, col=col, bias=bias)
     if ctx.activation:
         # Computed again rather than kept: M * N numbers for the whole time between are dearer.
         before = run(x, values, crow, col, bias, ctx.out_features, 0, schedule)
@@ -220,7 +252,8 @@ def _backward(ctx: Any, grad: Tensor, run: Any) -> tuple[Tensor | None, ...]:
     grad_bias = None
     if ctx.needs_input_grad[4]:
         wide = torch.promote_types(grad.dtype, torch.float32)
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=wide).to(bias.dtype)
+        grad_bias = grad.flatten(0, -2) if grad.dim() > 1 else grad[None]
+        grad_bias = grad_bias.sum(0, dtype=wide).to(bias.dtype)
     return grad_x, grad_values, None, None, grad_bias, None, None, None
 
 

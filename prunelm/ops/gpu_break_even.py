@@ -11,10 +11,11 @@ Nothing here touches the device but the first look at its name, and all of it ca
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -85,7 +86,16 @@ class Prediction:
         return self.us <= dense_us * (1.0 if self.measured else MARGIN)
 
 
-@torch.compiler.assume_constant_result
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """torch.compiler.assume_constant_result, which would import the compiler for everybody."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_in_graphs
 def card_of(index: int) -> Card:
     """The card of a CUDA device; the H100 where none can be asked, as when tracing without one."""
     return _card(index)
@@ -109,7 +119,7 @@ def card_named(name: str, major: int) -> Card:
 Key = tuple[str, str, str, int, int]
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def measured_efficiency(
     card: str, what: str, dtype: str, block: str, rows: int, density: int
 ) -> float:

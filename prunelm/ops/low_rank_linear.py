@@ -16,8 +16,9 @@ from prunelm.ops.activation import (
     activation_code,
     activation_gradient,
 )
-from prunelm.ops.backend import autocast, choose
+from prunelm.ops.backend import autocast, choose, in_onnx_export
 from prunelm.ops.block_sparse_linear import block_sparse_linear
+from prunelm.ops.tensors import check_one_device, check_tensors
 from prunelm.sparse import BlockSparse
 
 _OP = torch.ops.prunelm.low_rank_linear.default  # an overload found once saves a look-up
@@ -44,7 +45,8 @@ def low_rank_linear(
 
     Plain factors are rearranged at each call on CPU, which is most of the work at small M. For
     inference there they may be given as blocks, laid out once: `BlockSparse.from_dense(down, (16,
-    K))`. GPUs read plain factors as they are, and faster than blocks.
+    K))`. GPUs read plain factors as they are, and faster than blocks. Under
+    torch.onnx.export the reference runs, in plain torch.
 
     Args:
         x: [..., K] float32, float64, bfloat16 or float16; any number of rows M, also none.
@@ -71,10 +73,16 @@ def low_rank_linear(
             )  # fmt: skip
             if y is not None:
                 return y
+        if x.is_nested or (backend is None and in_onnx_export()):
+            plain = (down.to_dense(), up.to_dense())
+            return low_rank_linear_reference(x, *plain, bias, activation)
         return _through_blocks(x, down, up, bias, activation_code(activation), backend)
     if isinstance(down, BlockSparse) or isinstance(up, BlockSparse):
         raise ValueError("down, up: expected both in blocks or none, got one")
+    check_tensors(x=x, down=down, up=up, bias=bias)
     code, thin, wide, device = activation_code(activation), down, up, x.device.type
+    if x.is_nested or (backend is None and in_onnx_export()):
+        return low_rank_linear_reference(x, down, up, bias, activation)
     if torch.is_autocast_enabled(device):
         x, thin, wide, bias = autocast(x, thin, wide, bias)
     chosen = choose("low_rank_linear", device, x, {"down": thin, "up": wide}, backend)
@@ -92,6 +100,9 @@ def _through_blocks(
     code: int,
     backend: str | None,
 ) -> Tensor:
+    parts = {f"down.{name}": getattr(down, name) for name in ("values", "crow", "col")}
+    parts |= {f"up.{name}": getattr(up, name) for name in ("values", "crow", "col")}
+    check_tensors(x=x, **parts, bias=bias)
     thin, wide, device = down.values, up.values, x.device.type
     on_gpu = device == "cuda" if backend is None else backend in ("cuda", "triton")
     needs_grad = torch.is_grad_enabled() and any(
@@ -120,6 +131,7 @@ def low_rank_linear_reference(
     activation: str | None = None,
 ) -> Tensor:
     """low_rank_linear in plain torch."""
+    check_tensors(x=x, down=down, up=up, bias=bias)
     bias = None if bias is None else bias.to(x.dtype)
     return activate(F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype), bias), activation)
 
@@ -137,6 +149,7 @@ def _triton(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation
 @_triton.register_fake
 @torch.library.register_fake("prunelm::low_rank_linear")
 def _fake(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: int) -> Tensor:
+    check_one_device({"x": x, "down": down, "up": up, "bias": bias})
     return x.new_empty((*x.shape[:-1], up.shape[0]))
 
 
@@ -154,6 +167,9 @@ def _fake_blocks(
     out_features: int,
     activation: int,
 ) -> Tensor:
+    thin = {"down_values": down_values, "down_crow": down_crow, "down_col": down_col}
+    wide = {"up_values": up_values, "up_crow": up_crow, "up_col": up_col}
+    check_one_device({"x": x, **thin, **wide, "bias": bias})
     return x.new_empty((*x.shape[:-1], out_features))
 
 
@@ -164,7 +180,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, down, up, bias = ctx.saved_tensors
-    flat = x.reshape(-1, x.shape[-1]).to(down.dtype)  # [M, K]
+    check_tensors(grad=grad, x=x, down=down, up=up, bias=bias)
+    M = math.prod(x.shape[:-1])
+    flat = x.reshape(M, x.shape[-1]).to(down.dtype)  # [M, K]
     z = None
     if x.is_cuda and (ctx.activation or ctx.needs_input_grad[2]):
         z = flat @ down.T  # [M, R]
@@ -174,7 +192,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         else:
             before = torch.ops.prunelm.low_rank_linear(x, down, up, bias, 0)
         grad = activation_gradient(grad, before, ctx.activation)
-    rows = grad.reshape(-1, grad.shape[-1]).to(up.dtype)  # [M, N]
+    rows = grad.reshape(M, grad.shape[-1]).to(up.dtype)  # [M, N]
     middle = rows @ up  # [M, R]
     grad_x = grad_down = grad_up = grad_bias = None
     if ctx.needs_input_grad[0]:

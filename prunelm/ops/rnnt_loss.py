@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from prunelm.ops import _library  # noqa: F401  (loads the extension)
+from prunelm.ops.tensors import check_one_device, check_tensors
 
 
 def rnnt_loss(
@@ -33,6 +34,12 @@ def rnnt_loss(
     Raises:
         RuntimeError: a shape, dtype, length or token is not as above.
     """
+    check_tensors(
+        logits=logits,
+        targets=targets,
+        logit_lengths=logit_lengths,
+        target_lengths=target_lengths,
+    )
     loss: Tensor = torch.ops.prunelm.rnnt_loss(
         logits.contiguous(), targets.contiguous(), logit_lengths, target_lengths, blank
     )[0]
@@ -47,6 +54,12 @@ def rnnt_loss_reference(
     blank: int = 0,
 ) -> Tensor:
     """rnnt_loss in plain torch, one lattice cell at a time; differentiable by autograd."""
+    check_tensors(
+        logits=logits,
+        targets=targets,
+        logit_lengths=logit_lengths,
+        target_lengths=target_lengths,
+    )
     log_probs = logits.log_softmax(-1)
     losses = []
     for b in range(len(logits)):
@@ -62,13 +75,21 @@ def rnnt_loss_reference(
                 if ways:
                     alpha[t, u] = torch.stack(ways).logsumexp(0)
         losses.append(-(alpha[frames - 1, tokens] + log_probs[b, frames - 1, tokens, blank]))
-    return torch.stack(losses) if losses else logits.new_zeros(0)
+    return torch.stack(losses) if losses else logits.sum((1, 2, 3))
 
 
 @torch.library.register_fake("prunelm::rnnt_loss")
 def _fake(
     logits: Tensor, targets: Tensor, logit_lengths: Tensor, target_lengths: Tensor, blank: int
 ) -> tuple[Tensor, Tensor]:
+    check_one_device(
+        {
+            "logits": logits,
+            "targets": targets,
+            "logit_lengths": logit_lengths,
+            "target_lengths": target_lengths,
+        }
+    )
     return logits.new_empty(logits.shape[0]), torch.empty_like(logits)
 
 
@@ -79,6 +100,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     (gradient,) = ctx.saved_tensors
+    check_tensors(gradient=gradient, grad=grad)
     return gradient * grad[:, None, None, None], None, None, None, None
 
 

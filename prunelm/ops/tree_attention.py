@@ -7,6 +7,7 @@ from torch import Tensor
 
 from prunelm.ops import _library  # noqa: F401  (loads the extension)
 from prunelm.ops.backend import GPU_DTYPES, WITH_CUDA
+from prunelm.ops.tensors import can_look_at, check_one_device, check_tensors
 
 Backend = Literal["reference", "cpu", "cuda"]
 MOST_HEAD_DIM = 512  # of the CUDA backend
@@ -41,8 +42,7 @@ def tree_attention(
         qkv: [R, 3, H, D], D even; float32 or float64 on the CPU backend, float32, float16 or
             bfloat16 and D at most 512 on the CUDA backend.
         cos, sin: [R, D / 2], qkv's dtype.
-        path: [R, P] int64; what lies past a row's length is read by the reference alone, for which
-            it must be a valid slot.
+        path: [R, P] int64; what lies past a row's length is not read.
         length: [R] int64, 1 to P.
         key, value: [C, H, D], qkv's dtype, contiguous; written in place.
         backend: None (chosen), "reference", "cpu" or "cuda".
@@ -56,6 +56,7 @@ def tree_attention(
     """
     if backend not in (None, "reference", "cpu", "cuda"):
         raise ValueError(f"backend: expected None, 'reference', 'cpu' or 'cuda', got {backend!r}")
+    check_tensors(qkv=qkv, cos=cos, sin=sin, path=path, length=length, key=key, value=value)
     native = backend or ("cuda" if qkv.is_cuda else "cpu")
     if native != "reference" and (reasons := _refusals(native, qkv)):
         if backend is not None:
@@ -95,16 +96,32 @@ def tree_attention_reference(
     value: Tensor,
 ) -> Tensor:
     """tree_attention in plain torch, which gathers every path; differentiable in q."""
+    check_tensors(qkv=qkv, cos=cos, sin=sin, path=path, length=length, key=key, value=value)
+    hidden = torch.arange(path.shape[1], device=path.device) >= length[:, None]
+    _check_paths(path, length, hidden, len(key))
+    path = path.masked_fill(hidden, 0)
     query, new_key, new_value = qkv.unbind(1)
     slot = path.gather(1, length[:, None] - 1)[:, 0]
     key[slot] = _rotate(new_key, cos, sin).detach().to(key.dtype)
     value[slot] = new_value.detach().to(value.dtype)
-    hidden = torch.arange(path.shape[1], device=path.device) >= length[:, None]
     # Products and sums, not batched matmuls, whose kernel would depend on R.
     score = (_rotate(query, cos, sin)[:, None] * key[path]).sum(-1) * qkv.shape[-1] ** -0.5
     weight = score.masked_fill(hidden[:, :, None], -torch.inf).softmax(1)
-    out: Tensor = (weight[..., None] * value[path]).sum(1)
+    values = value[path].masked_fill(hidden[:, :, None, None], 0)
+    out: Tensor = (weight[..., None] * values).sum(1)
     return out
+
+
+def _check_paths(path: Tensor, length: Tensor, hidden: Tensor, slots: int) -> None:
+    """As the compiled op does, where looking costs no wait for a device and nothing is traced."""
+    if not can_look_at(path, length):
+        return
+    wrong = length[(length < 1) | (length > path.shape[1])]
+    if len(wrong):
+        raise RuntimeError(f"length: expected 1 to {path.shape[1]}, got {int(wrong[0])}")
+    wrong = path[~hidden & ((path < 0) | (path >= slots))]
+    if len(wrong):
+        raise RuntimeError(f"path: expected 0 to {slots - 1}, got {int(wrong[0])}")
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -117,4 +134,15 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _fake(
     qkv: Tensor, cos: Tensor, sin: Tensor, path: Tensor, length: Tensor, key: Tensor, value: Tensor
 ) -> Tensor:
+    check_one_device(
+        {
+            "qkv": qkv,
+            "cos": cos,
+            "sin": sin,
+            "path": path,
+            "length": length,
+            "key": key,
+            "value": value,
+        }
+    )
     return torch.empty_like(qkv[:, 0], memory_format=torch.contiguous_format)

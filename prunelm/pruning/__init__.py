@@ -1,8 +1,8 @@
 """Prunes a model to the size you name: method x criterion x schedule x target x recovery."""
 
+from prunelm.pruning.architecture import Architecture
 from prunelm.pruning.budget import count_parameters
 from prunelm.pruning.criteria import Magnitude, Random, Taylor
-from prunelm.pruning.groups import Architecture
 from prunelm.pruning.methods import Blocks, Elements, Heads, LowRank, Neurons
 from prunelm.pruning.pruner import Plan, Pruner
 from prunelm.pruning.recovery import Finetune

@@ -13,7 +13,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from prunelm.pruning.groups import Groups, Rows
+from prunelm.pruning.groups import Groups, Rows, factorised
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
 _NUMBER = re.compile(r"(\d+(?:_\d+)*|\d{1,3}(?:,\d{3})+)?(\.\d+)?(?:e([+-]?\d{1,2}))?")
@@ -89,10 +89,10 @@ class Ledger:
         touched = {part.name for g in groups for part in g.parts} | self.masked
         touched |= {name for g in groups for name in g.whole}
         # The partner of a touched factor counts with it.
-        for name in list(touched):
-            stem, _, leaf = name.rpartition(".")
-            if leaf in ("up", "down"):
-                touched |= {f"{stem}.up", f"{stem}.down"} & set(self.shapes)
+        self.factors = set(factorised(model))
+        for stem in self.factors:
+            if {f"{stem}.up", f"{stem}.down"} & touched:
+                touched |= {f"{stem}.up", f"{stem}.down"}
         self.fixed = self._total(
             {n: math.prod(s) for n, s in self.shapes.items() if n not in touched}, self.shapes
         )
@@ -114,7 +114,7 @@ class Ledger:
                     masks[part.name] = mask if old is None else mask & old
                 if isinstance(part, Rows):
                     length = shapes[part.name][part.axis]
-                    shapes[part.name][part.axis] = length * staying // max(part.count, 1)
+                    shapes[part.name][part.axis] = part.left(length, staying)
         sizes = {}
         for name, shape in shapes.items():
             final = masks.get(name)
@@ -122,12 +122,40 @@ class Ledger:
                 sizes[name] = math.prod(shape) if final is None else int(final.sum())
         return self.fixed + self._total(sizes, {n: tuple(s) for n, s in shapes.items()})
 
+    def gains(self, keep: Sequence[Tensor], index: int) -> Tensor:
+        """[count], by how much each group of `groups[index]` that has gone would raise the size.
+
+        For groups that go one by one and whose parts are no factors; those of factors cost the same
+        each, which `size` tells.
+        """
+        each, kept = self.groups[index], keep[index]
+        gains = torch.zeros(each.count, dtype=torch.int64)
+        for part in each.parts:
+            shape = self.shapes[part.name]
+            alive = self.masks.get(part.name, torch.ones(shape, dtype=torch.bool))
+            for i, (other, other_kept) in enumerate(zip(self.groups, keep, strict=True)):
+                for their in other.parts:
+                    if i != index and their.name == part.name:
+                        alive = alive & their.mask(other_kept, shape)
+                if i != index and part.name in other.whole and not bool(other_kept.any()):
+                    alive = torch.zeros_like(alive)
+            gains += part.fold(alive).sum(1)
+        if not bool(kept.any()):
+            inside = {part.name for part in each.parts}
+            gains += sum(math.prod(self.shapes[name]) for name in each.whole if name not in inside)
+            gains += sum(
+                part.tail * math.prod(self.shapes[part.name]) // self.shapes[part.name][part.axis]
+                for part in each.parts
+                if isinstance(part, Rows) and part.name in each.whole
+            )
+        return gains
+
     def _total(self, sizes: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> int:
         total = sum(sizes.values())
-        for name, size in sizes.items():
-            if name.endswith(".down") and f"{name[:-5]}.up" in sizes:
-                factors = size + sizes[f"{name[:-5]}.up"]
-                total -= max(factors - shapes[f"{name[:-5]}.up"][0] * shapes[name][1], 0)
+        for stem in self.factors:
+            up, down = f"{stem}.up", f"{stem}.down"
+            if up in sizes and down in sizes:
+                total -= max(sizes[up] + sizes[down] - shapes[up][0] * shapes[down][1], 0)
         return total
 
 
@@ -136,22 +164,27 @@ def count_parameters(model: nn.Module, masks: Mapping[str, Tensor] | None = None
     return Ledger(model, (), masks).size(())
 
 
+def reserve(each: Groups) -> Tensor:
+    """[count] bool, the groups that stay when all go that may: as few as can be, the cheapest."""
+    alive = each.kept.nonzero()[:, 0]
+    floor = min(each.min_keep + -each.min_keep % each.multiple_of, len(alive))
+    kept = torch.zeros_like(each.kept)
+    kept[alive[each.cost[alive].argsort(stable=True)][:floor]] = True
+    return kept
+
+
 def smallest(model: nn.Module, groups: Sequence[Groups], masks: Mapping[str, Tensor]) -> int:
     """Parameters left when everything goes that may go."""
-    keep = []
-    for each in groups:
-        alive = each.kept.nonzero()[:, 0]
-        floor = min(each.min_keep + -each.min_keep % each.multiple_of, len(alive))
-        kept = torch.zeros_like(each.kept)
-        kept[alive[len(alive) - floor :]] = True
-        keep.append(kept)
-    return Ledger(model, groups, masks).size(keep)
+    return Ledger(model, groups, masks).size([reserve(each) for each in groups])
 
 
 def unreachable(
     model: nn.Module, groups: Sequence[Groups], masks: Mapping[str, Tensor], target: int
 ) -> str:
     """One line: the smallest reachable size, and what would lower it."""
+    if not groups:
+        size = count_parameters(model, masks)
+        return f"target: expected {size:,} parameters, as nothing can go, got {target:,}"
     kinds = {each.kind for each in groups}
     touched = {part.name for each in groups for part in each.parts}
     untouched = {n: p.numel() for n, p in model.named_parameters() if n not in touched}

@@ -1,22 +1,14 @@
-"""Takes groups out of a model: smaller parameters, factors, or masks; optimizers follow.
+"""Takes groups out of a model: smaller parameters, factors, or masks; optimizers follow."""
 
-A model is rebuilt from its own config, whose sizes are read off the sliced weights, so kept weights
-keep their names, ties stay ties, and nothing is hooked or wrapped.
-"""
-
-import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunelm.pruning.groups import Groups, Rows, break_even, out_features
-from prunelm.training.checkpoint import copy_weights, untied_weights
-
-# Where the sizes of a list of blocks stand in a model's config.
-_SIZES = {"blocks": "layers", "predictor.blocks": "predictor_layers"}
+from prunelm.pruning.groups import Groups, Rows, break_even, factorised
+from prunelm.pruning.resizing import resize, state_of
 
 
 @dataclass(frozen=True)
@@ -30,11 +22,6 @@ class Removal:
         for axis, positions in self.positions.get(name, ()):
             tensor = tensor.index_select(axis, positions.to(tensor.device))
         return tensor
-
-
-def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Detached parameters and buffers, each tied one under its first name."""
-    return {name: tensor.detach() for name, tensor in untied_weights(model).items()}
 
 
 def remove(
@@ -65,9 +52,14 @@ def remove(
     for name, mask in masks.items():
         state[name].masked_fill_(~mask, 0.0)
     positions: dict[str, list[tuple[int, Tensor]]] = {}
+    numbers: dict[str, dict[str, int]] = {}
     for each, kept in zip(groups, keep, strict=True):
         if not each.shrinks or bool(kept.all()):
             continue
+        for place, attribute in each.counters:
+            value = getattr(model.get_submodule(place), attribute)
+            shrunk = value // each.count * int(kept.sum())
+            numbers.setdefault(place, {})[attribute] = shrunk
         for part in each.parts:
             assert isinstance(part, Rows)
             length = state[part.name].shape[part.axis]
@@ -80,62 +72,8 @@ def remove(
             for name in each.whole:
                 state.pop(name, None)
                 masks.pop(name, None)
-    return resize(model, settle(state)), masks, Removal(positions)
-
-
-def resize(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """A model like `model` with the weights `state`, whatever shapes they have now.
-
-    Raises:
-        ValueError: the shapes differ and the model has no config that could say so.
-    """
-    old = state_of(model)
-    same = {n: t.shape for n, t in old.items()} == {n: t.shape for n, t in state.items()}
-    if same:
-        new = copy.deepcopy(model)
-    else:
-        some = next(iter(old.values()))
-        with torch.random.fork_rng(devices=[]):  # building initialises, which would draw numbers
-            new = type(model)(_resized_config(model, state))
-        new = new.to(device=some.device, dtype=next(model.parameters()).dtype)
-        trained = {n: p.requires_grad for n, p in model.named_parameters()}
-        for name, parameter in new.named_parameters():
-            parameter.requires_grad_(trained.get(name, True))
-        new.train(model.training)
-    copy_weights(new, state, "resize")
-    return new
-
-
-def _resized_config(model: nn.Module, state: Mapping[str, Tensor]) -> Any:
-    config: Any = getattr(model, "config", None)
-    changes: dict[str, Any] = {}
-    for prefix, name in _SIZES.items():
-        sizes = getattr(config, name, None)
-        if not sizes:
-            continue
-        changes[name] = tuple(
-            replace(
-                size,
-                heads=_features(state, f"{prefix}.{i}.qkv") // (3 * config.head_dim),
-                ff=_features(state, f"{prefix}.{i}.ff_in"),
-            )
-            for i, size in enumerate(sizes)
-        )
-    ranks = {n[: -len(".down")]: t.shape[0] for n, t in state.items() if n.endswith(".down")}
-    if hasattr(config, "ranks"):
-        changes["ranks"] = ranks
-    elif ranks:
-        raise ValueError(f"model: expected a config with ranks, got {type(model).__name__}'s")
-    if not changes:
-        raise ValueError(
-            f"model: expected a config with layers, got {type(model).__name__} without one"
-        )
-    return replace(config, **changes)
-
-
-def _features(state: Mapping[str, Tensor], linear: str) -> int:
-    present = f"{linear}.weight" in state or f"{linear}.up" in state
-    return out_features(state, linear) if present else 0
+    smaller = resize(model, settle(state, factorised(model)), numbers)
+    return smaller, masks, Removal(positions)
 
 
 def factorise(model: nn.Module, linears: Sequence[str]) -> nn.Module:
@@ -167,13 +105,17 @@ def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u.float(), s.float(), v.float()
 
 
-def settle(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Factors below break-even balanced, those at or above it merged into a dense weight."""
+def settle(state: Mapping[str, Tensor], linears: Collection[str]) -> dict[str, Tensor]:
+    """Factors below break-even balanced, those at or above it merged into a dense weight.
+
+    Args:
+        linears: names of what is factorised.
+    """
     settled = dict(state)
-    for name in state:
-        if not name.endswith(".down"):
+    for linear in linears:
+        name = f"{linear}.down"
+        if name not in settled:
             continue
-        linear = name[: -len(".down")]
         up, down = settled.pop(f"{linear}.up"), settled.pop(name)
         if up.shape[1] > break_even(up.shape[0], down.shape[1]):
             settled[f"{linear}.weight"] = (up.float() @ down.float()).to(up.dtype)

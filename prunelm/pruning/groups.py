@@ -7,18 +7,22 @@ up the costs, and `compact` removes what is not kept: nobody else knows a shape.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from prunelm.nn import LowRankLinear
+
 
 @dataclass(frozen=True)
 class Rows:
     """Slices along one axis of a parameter, which has the layout [outer, count, inner] there.
 
+    Where `segments` are given they are the inner sizes of each of the outer parts, which then may
+    differ; the last `tail` positions belong to no group and stay.
     `scored` is False where the group is already represented by another part: a rank component's
     mask multiplies the product of two factors, and so counts once.
     """
@@ -28,18 +32,29 @@ class Rows:
     axis: int = 0
     outer: int = 1
     scored: bool = True
+    segments: tuple[int, ...] = ()
+    tail: int = 0
 
     def fold(self, tensor: Tensor) -> Tensor:
         """[count, n]: everything of `tensor` (the parameter's shape) that belongs to each group."""
         rows = tensor.movedim(self.axis, 0)
+        rows = rows[: len(rows) - self.tail]
+        if self.segments:
+            cut = torch.split(rows, [self.count * inner for inner in self.segments])
+            return torch.cat([part.reshape(self.count, -1) for part in cut], 1)
         rows = rows.reshape(self.outer, self.count, -1)
         return rows.transpose(0, 1).reshape(self.count, -1)
 
     def positions(self, keep: Tensor, length: int) -> Tensor:
         """Kept positions along the axis, which is `length` long; keep [count] bool."""
-        inner = length // (self.outer * self.count) if self.count else 1
-        kept = keep.view(1, -1, 1).expand(self.outer, self.count, inner).reshape(-1)
-        return kept.nonzero()[:, 0]
+        inner = (length - self.tail) // (self.outer * self.count) if self.count else 1
+        segments = self.segments or (inner,) * self.outer
+        kept = torch.cat([keep.repeat_interleave(inner) for inner in segments])
+        return torch.cat([kept, kept.new_ones(self.tail)]).nonzero()[:, 0]
+
+    def left(self, length: int, staying: int) -> int:
+        """How long the axis, `length` now, is with so many groups."""
+        return self.tail + (length - self.tail) * staying // max(self.count, 1)
 
     def mask(self, keep: Tensor, shape: Sequence[int]) -> Tensor:
         """True where a parameter of `shape` is kept; keep [count] bool."""
@@ -95,6 +110,7 @@ class Groups:
         multiple_of: what stays is a multiple of it.
         cap: the place never counts more than this (a dense weight against its factors).
         whole: parameters that vanish with the last group.
+        counters: (module, attribute) that hold a multiple of `count` and shrink with it.
     """
 
     kind: str
@@ -107,6 +123,7 @@ class Groups:
     multiple_of: int = 1
     cap: int | None = None
     whole: tuple[str, ...] = ()
+    counters: tuple[tuple[str, str], ...] = ()
 
     @property
     def count(self) -> int:
@@ -163,52 +180,24 @@ class Schedule(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """Names by which the parts of a Transformer block are found in any model.
-
-    A block is any module with these children. `qkv` has rows ordered [3, heads, head_dim], where
-    `head_dim` is an attribute of the block; feed-forwards of one block shrink together.
-    """
-
-    qkv: str = "qkv"
-    out: str = "out"
-    feed_forwards: tuple[tuple[str, str], ...] = (("ff_in", "ff_out"), ("front_in", "front_out"))
-    head_dim: str = "head_dim"
-    attention_norms: tuple[str, ...] = ("attention_norm",)
-    ff_norms: tuple[str, ...] = ("ff_norm", "front_norm")
-
-    def blocks(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """(name, module) of every block; ValueError where there is none."""
-        found = False
-        for name, module in model.named_modules():
-            children = dict(module.named_children())
-            if self.qkv in children or any(pair[0] in children for pair in self.feed_forwards):
-                found = True
-                yield name, module
-        if not found:
-            raise ValueError(
-                f"model: expected blocks with {self.qkv}, {self.out} and "
-                f"{' or '.join(pair[0] for pair in self.feed_forwards)}, "
-                f"got {type(model).__name__} without any"
-            )
-
-    def linears(self, model: nn.Module) -> Iterator[str]:
-        """Names of the linears in the blocks."""
-        for block, module in self.blocks(model):
-            pairs = ((self.qkv, self.out), *self.feed_forwards)
-            for name in (name for pair in pairs for name in pair):
-                if hasattr(module, name):
-                    yield f"{block}.{name}"
-
-
 def outputs(
-    parameters: Mapping[str, Tensor], linear: str, count: int, outer: int = 1
+    parameters: Mapping[str, Tensor],
+    linear: str,
+    count: int,
+    outer: int | tuple[int, ...] = 1,
+    tail: int = 0,
 ) -> list[Rows]:
-    """The parts of a dense or factorised linear that hold its output features."""
+    """The parts of a dense or factorised linear that hold its output features.
+
+    Args:
+        outer: so many equal segments, or the inner sizes of each, see `Rows`.
+        tail: rows at the end that stay.
+    """
     weight = f"{linear}.up" if f"{linear}.up" in parameters else f"{linear}.weight"
     names = [weight] + [f"{linear}.bias"] * (f"{linear}.bias" in parameters)
-    return [Rows(name, count, 0, outer) for name in names]
+    if isinstance(outer, int):
+        return [Rows(name, count, 0, outer, tail=tail) for name in names]
+    return [Rows(name, count, 0, segments=outer, tail=tail) for name in names]
 
 
 def inputs(parameters: Mapping[str, Tensor], linear: str, count: int) -> list[Rows]:
@@ -238,11 +227,15 @@ def marginal_cost(
             weight = parameters[part.name]
             cost = part.fold(torch.ones(weight.shape, device=weight.device)).sum(1).long()
         else:
-            per_group = parameters[part.name].numel() // max(part.count, 1)
+            weight = parameters[part.name]
+            across = weight.numel() // max(weight.shape[part.axis], 1)
+            rows = weight.shape[part.axis] - part.tail
+            per_group = rows // max(part.count, 1) * across
             stem, _, leaf = part.name.rpartition(".")
             if leaf in ("up", "down") and counts_dense(parameters, stem):
                 n, k = parameters[f"{stem}.up"].shape[0], parameters[f"{stem}.down"].shape[1]
-                per_group = n * k // max(part.count, 1)
+                across = k if part.axis == 0 else n
+                per_group = rows // max(part.count, 1) * across
             cost = torch.full((part.count,), per_group, device=parameters[part.name].device)
         total = cost if total is None else total + cost
     assert total is not None
@@ -258,6 +251,15 @@ def counts_dense(parameters: Mapping[str, Tensor], linear: str) -> bool:
     """True where the factors of a linear are no smaller than the dense weight."""
     up, down = parameters[f"{linear}.up"], parameters[f"{linear}.down"]
     return up.shape[1] > break_even(up.shape[0], down.shape[1])
+
+
+def factorised(model: nn.Module) -> list[str]:
+    """Names of the linears that are written as factors and could be a dense weight again."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, LowRankLinear) and module.activation is None
+    ]
 
 
 def prunable_weights(model: nn.Module, embedding: bool) -> dict[str, nn.Parameter]:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from prunelm.data.files import replace_file
 from prunelm.pruning.calibration import is_main_process, wait_for_all
-from prunelm.pruning.compact import resize, state_of
 from prunelm.pruning.recovery import clear
+from prunelm.pruning.resizing import numbers_of, resize, state_of
 from prunelm.pruning.result import Round, read_masks, write_masks
 
 
@@ -82,7 +82,12 @@ class Journal:
                 f"{path}: expected whole weights, got {size} bytes cut short"
             ) from None
         device = next(model.parameters()).device
-        smaller = resize(model, {name: tensor.to(device) for name, tensor in state.items()})
+        numbers = _read_json(self._round(position) / "round.json").get("numbers", {})
+        state = {name: tensor.to(device) for name, tensor in state.items()}
+        try:
+            smaller = resize(model, state, numbers)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: {error}") from None
         masks = read_masks(self._round(position) / "masks.safetensors", smaller)
         return smaller, {name: mask.to(device) for name, mask in masks.items()}
 
@@ -110,6 +115,7 @@ class Journal:
                 "round": {**asdict(entry.round), "gone": dict(entry.round.gone)},
                 "steps": entry.steps,
                 "metric_dense": entry.metric_dense,
+                "numbers": numbers_of(model),
             }
             with replace_file(place / "round.json") as temporary:
                 temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

@@ -11,20 +11,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from prunelm.pruning.compact import factorise, state_of
+from prunelm.pruning.architecture import Architecture, Found, is_sized_by_config, joined
+from prunelm.pruning.compact import factorise
 from prunelm.pruning.groups import (
-    Architecture,
     Groups,
     Method,
     Rows,
     Tiles,
     break_even,
-    inputs,
     marginal_cost,
-    out_features,
-    outputs,
     prunable_weights,
 )
+from prunelm.pruning.resizing import state_of
 
 
 class _Joinable:
@@ -131,8 +129,13 @@ class Blocks(_Joinable):
 class Heads(_Joinable):
     """Attention heads: their query, key and value rows and their output columns.
 
+    Where query heads share key and value heads, a group is one key and value head with all its
+    query heads; where all share a single one, it stays, and query heads go one by one.
+
     Args:
-        min_keep: heads that stay in every block; with 0 the attention half of a block may vanish.
+        min_keep: groups that stay in every block; with 0 the attention half of a block of this
+            project's models may vanish, other modules keep at least 1.
+        architecture: the names of the parts in a model of another make.
     """
 
     min_keep: int = 1
@@ -147,18 +150,11 @@ class Heads(_Joinable):
 
     def groups(self, model: nn.Module, masks: Mapping[str, Tensor]) -> list[Groups]:
         """One `Groups` per block that has heads."""
-        names, parameters, found = self.architecture, dict(model.named_parameters()), []
-        for block, module in names.blocks(model):
-            qkv, out = f"{block}.{names.qkv}", f"{block}.{names.out}"
-            if not hasattr(module, names.qkv):
-                continue
-            heads = out_features(parameters, qkv) // (3 * int(getattr(module, names.head_dim)))
-            parts = (*outputs(parameters, qkv, heads, 3), *inputs(parameters, out, heads))
-            whole = _below(parameters, block, (names.qkv, names.out, *names.attention_norms))
-            found.append(
-                _structure("head", block, parts, parameters, masks, whole, min_keep=self.min_keep)
-            )
-        return found
+        names = self.architecture.attention_norms
+        return [
+            _structure("head", model, each, masks, names, min_keep=self.min_keep)
+            for each in self.architecture.attentions(model)
+        ]
 
 
 @dataclass(frozen=True)
@@ -167,7 +163,9 @@ class Neurons(_Joinable):
 
     Args:
         multiple_of: a block keeps a multiple of this many.
-        min_keep: neurons that stay in every block; with 0 the feed-forward half may vanish.
+        min_keep: neurons that stay in every block; with 0 the feed-forward half of a block of this
+            project's models may vanish, other modules keep at least 1.
+        architecture: the names of the parts in a model of another make.
     """
 
     multiple_of: int = 1
@@ -184,31 +182,18 @@ class Neurons(_Joinable):
 
     def groups(self, model: nn.Module, masks: Mapping[str, Tensor]) -> list[Groups]:
         """One `Groups` per block that has a feed-forward half."""
-        names, parameters, found = self.architecture, dict(model.named_parameters()), []
-        for block, module in names.blocks(model):
-            pairs = [pair for pair in names.feed_forwards if hasattr(module, pair[0])]
-            if not pairs:
-                continue
-            ff = out_features(parameters, f"{block}.{pairs[0][0]}")
-            parts: tuple[Rows, ...] = ()
-            for first, second in pairs:
-                parts += (*outputs(parameters, f"{block}.{first}", ff),)
-                parts += (*inputs(parameters, f"{block}.{second}", ff),)
-            flat = tuple(name for pair in pairs for name in pair)
-            whole = _below(parameters, block, (*flat, *names.ff_norms))
-            found.append(
-                _structure(
-                    "neuron",
-                    block,
-                    parts,
-                    parameters,
-                    masks,
-                    whole,
-                    min_keep=min(self.min_keep, ff),
-                    multiple_of=self.multiple_of,
-                )
+        return [
+            _structure(
+                "neuron",
+                model,
+                each,
+                masks,
+                self.architecture.ff_norms,
+                min_keep=min(self.min_keep, each.count),
+                multiple_of=self.multiple_of,
             )
-        return found
+            for each in self.architecture.neurons(model)
+        ]
 
 
 @dataclass(frozen=True)
@@ -285,33 +270,35 @@ def _tiles(
 
 def _structure(
     kind: str,
-    place: str,
-    parts: tuple[Rows, ...],
-    parameters: Mapping[str, Tensor],
+    model: nn.Module,
+    found: Found,
     masks: Mapping[str, Tensor],
-    whole: tuple[str, ...],
+    norms: tuple[str, ...],
     *,
     min_keep: int,
     multiple_of: int = 1,
 ) -> Groups:
-    cost = marginal_cost(parameters, masks, parts)
+    parameters = dict(model.named_parameters())
+    cost = marginal_cost(parameters, masks, found.parts)
     kept = torch.ones(len(cost), dtype=torch.bool)
+    whole: tuple[str, ...] = ()
+    if is_sized_by_config(model):
+        halves = tuple(joined(found.place, name) + "." for name in (*found.linears, *norms))
+        whole = tuple(name for name in parameters if name.startswith(halves))
+    else:  # a module that knows nothing of empty halves
+        min_keep = max(min_keep, 1)
     return Groups(
         kind,
-        place,
-        parts,
+        found.place,
+        found.parts,
         cost,
         kept,
         True,
         min_keep=min_keep,
         multiple_of=multiple_of,
         whole=whole,
+        counters=found.counters,
     )
-
-
-def _below(parameters: Mapping[str, Tensor], block: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Parameters of the block's children with these names."""
-    return tuple(p for p in parameters if any(p.startswith(f"{block}.{name}.") for name in names))
 
 
 def _check_fraction(min_keep: float) -> None:

@@ -8,9 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunelm.data.files import replace_file
+from prunelm.data.files import replace_file, shown
 from prunelm.data.tokenizer import Tokenizer
-from prunelm.training.checkpoint import load_model, save_model
+from prunelm.nn import refuse_accelerated
+from prunelm.pruning.resizing import numbers_of, resize
+from prunelm.training.checkpoint import (
+    OWN,
+    build_model,
+    kind_of,
+    load_tokenizer,
+    read_info,
+    read_weights,
+    save_weights,
+    untied_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -117,43 +128,102 @@ class Result:
     ) -> None:
         """Writes model.safetensors, tokenizer.model, masks.safetensors if any, and model.json.
 
-        `training.checkpoint.load_model` reads the model, `load_result` also the masks.
+        `training.checkpoint.load_model` reads a language model or a recogniser that was saved with
+        its tokenizer; `load_result` reads everything, a module of another make into one that the
+        caller builds.
 
         Args:
-            tokenizer: the model's; None: the one that the run was given.
+            tokenizer: the model's; None: the one that the run was given, if any.
             dtype: what weights are stored as; None: as they are.
+
+        Raises:
+            ValueError: the model has been accelerated, the tokenizer has another vocabulary, or a
+                weight is not finite in `dtype`.
         """
-        tokenizer = tokenizer or self.tokenizer
-        if tokenizer is None:
-            raise ValueError("tokenizer: expected the model's, got None")
+        own = kind_of(self.model) == OWN
+        config: Any = {"numbers": numbers_of(self.model)} if own else self.model.config.to_dict()  # type: ignore[operator,union-attr]
+        extra = {"pruning": self.to_dict()}
+        refuse_accelerated(self.model, "save the original and accelerate what is loaded")
         write_masks(Path(folder) / "masks.safetensors", self.masks)
-        save_model(folder, self.model, tokenizer, {"pruning": self.to_dict()}, dtype=dtype)
+        tokenizer = tokenizer or self.tokenizer
+        save_weights(folder, self.model, config, tokenizer, extra, dtype=dtype)
 
 
-def load_result(folder: Path | str) -> Result:
-    """What `Result.save` wrote.
+def load_result(folder: Path | str, model: nn.Module | None = None) -> Result:
+    """What `Result.save` wrote; in eval mode.
+
+    Args:
+        model: for a module of another make than this project's: one built as before pruning. A
+            copy of it gets the saved sizes and weights, in its dtype and on its device.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is cut short, or the model there was not pruned.
+        ValueError: a file is cut short, the model there was not pruned, `model` is missing or not
+            wanted, or it has other parameters than were saved.
     """
-    model, tokenizer, info = load_model(folder)
+    info = read_info(folder)
     values = info["extra"].get("pruning")
     if values is None:
         raise ValueError(f"{folder}: expected a pruned model, got one without a pruning record")
-    masks = read_masks(Path(folder) / "masks.safetensors", model)
-    return Result(
-        model=model,
-        masks=masks,
-        tokenizer=tokenizer,
-        target=values["target"],
-        asked=values["asked"],
-        size=values["size"],
-        dense_size=values["dense_size"],
-        rounds=tuple(Round(**each) for each in values["rounds"]),
-        settings=values["settings"],
-        metric_dense=values["metric_dense"],
-    )
+    tokenizer = load_tokenizer(folder, info)
+    if info["kind"] != OWN:
+        if model is not None:
+            raise ValueError(
+                f"model: expected None, as {folder} tells how to build its {info['kind']}, "
+                f"got {type(model).__name__}"
+            )
+        loaded = build_model(folder, info)
+    elif model is None:
+        raise ValueError(
+            f"model: expected a module to fill with the weights in {folder}, built as before "
+            "pruning, got None"
+        )
+    else:
+        loaded = _filled(model, folder, info)
+    masks = read_masks(Path(folder) / "masks.safetensors", loaded)
+    try:
+        rounds = tuple(Round(**each) for each in values["rounds"])
+        result = Result(
+            model=loaded,
+            masks=masks,
+            tokenizer=tokenizer,
+            target=values["target"],
+            asked=values["asked"],
+            size=values["size"],
+            dense_size=values["dense_size"],
+            rounds=rounds,
+            settings=values["settings"],
+            metric_dense=values["metric_dense"],
+        )
+        result.report()
+    except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise ValueError(
+            f"{Path(folder) / 'model.json'}: expected a whole pruning record, got one changed or "
+            f"of another version ({type(error).__name__}: {shown(error)})"
+        ) from None
+    return result
+
+
+def _filled(model: nn.Module, folder: Path | str, info: Mapping[str, Any]) -> nn.Module:
+    """A copy of a module with the sizes and weights that were saved."""
+    weights, wanted = read_weights(folder, info), untied_weights(model)
+    for name, tensor in weights.items():
+        found = wanted.get(name)
+        if found is None:
+            continue
+        larger = [a > b for a, b in zip(tensor.shape, found.shape, strict=False)]
+        if tensor.dim() != found.dim() or any(larger):
+            raise ValueError(
+                f"model: expected {name} of at least {tuple(tensor.shape)}, the shape saved in "
+                f"{folder}, got {tuple(found.shape)}"
+            )
+    device = next((t.device for t in wanted.values()), torch.device("cpu"))
+    on_device = {name: tensor.to(device) for name, tensor in weights.items()}
+    try:
+        return resize(model, on_device, info["config"].get("numbers")).eval()
+    except ValueError as error:
+        message = str(error).removeprefix("resize: ")
+        raise ValueError(f"model: {message} in {folder}") from None
 
 
 def write_masks(path: Path, masks: Mapping[str, Tensor]) -> None:

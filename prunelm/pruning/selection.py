@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prunelm.pruning.budget import Ledger, unreachable
+from prunelm.pruning.budget import Ledger, reserve, unreachable
 from prunelm.pruning.groups import Groups
 
 
@@ -46,13 +46,21 @@ class _Bundles:
         return result
 
 
-def _bundle(groups: Sequence[Groups], scores: Sequence[Tensor]) -> _Bundles:
+def _bundle(groups: Sequence[Groups], scores: Sequence[Tensor], reserved: int = 0) -> _Bundles:
+    """Bundles of all that may go.
+
+    What stays in each `Groups` for its `min_keep` has the highest scores; in the first `reserved`
+    of them it is the cheapest instead, with which alone some sizes are reached.
+    """
     keys, gains, owners, uptos, nested, orders = [], [], [], [], [], []
     for i, (each, score) in enumerate(zip(groups, scores, strict=True)):
         alive = each.kept.nonzero()[:, 0]
         per_parameter = score[alive].double() / each.cost[alive].clamp_min(1)
         if not bool(per_parameter.isfinite().all()):
             raise ValueError(f"scores: expected finite numbers for {each.kind}s of {each.place}")
+        if i < reserved:
+            staying = reserve(each)[alive]
+            per_parameter = per_parameter.masked_fill(staying, torch.inf)
         rank = per_parameter.argsort(stable=True)
         order = alive[rank]
         free = max(len(alive) - each.min_keep, 0)
@@ -61,6 +69,7 @@ def _bundle(groups: Sequence[Groups], scores: Sequence[Tensor]) -> _Bundles:
             key, gain, upto = _steps(each, score[order].double(), free)
         else:
             key, gain = per_parameter[rank][:free], each.cost[order][:free]
+            # What is reserved stands last, and so has no bundle.
             upto = torch.arange(1, free + 1)
         keys.append(key)
         gains.append(gain)
@@ -212,6 +221,45 @@ class _Choice:
                 break
         return dropped
 
+    def top_up(self, dropped: Tensor) -> Tensor:
+        """Takes back what fits by the sizes that really result, until nothing does.
+
+        Where kinds overlap, a group brings back less than it cost in the whole model.
+        """
+        groups, bundles = self.ledger.groups, self.bundles
+        tiled = {part.name for g in groups if not g.shrinks for part in g.parts}
+        tiled |= set(self.ledger.masks)
+        while True:
+            keep = bundles.keep(groups, dropped)
+            slack = self.target - self.ledger.size(keep)
+            candidates = dropped & self._last(dropped)
+            best, best_key = -1, -torch.inf
+            for i, each in enumerate(groups):
+                own = (candidates & (bundles.owner == i)).nonzero()[:, 0]
+                if not len(own):
+                    continue
+                own = own[bundles.key[own].argsort(stable=True, descending=True)]
+                if bundles.nested[i] or not any(part.name in tiled for part in each.parts):
+                    own = self._fitting(dropped, own)
+                elif not slack:
+                    continue
+                else:
+                    begin = int(torch.searchsorted(bundles.owner, i))
+                    gains = self.ledger.gains(keep, i)[bundles.order[i][own - begin]]
+                    own = own[(gains > 0) & (gains <= slack)]
+                if len(own) and float(bundles.key[own[0]]) > best_key:
+                    best, best_key = int(own[0]), float(bundles.key[own[0]])
+            if best < 0:
+                return dropped
+            dropped = dropped.clone()
+            dropped[best] = False
+
+    def _fitting(self, dropped: Tensor, own: Tensor) -> Tensor:
+        """Of bundles of one `Groups` without masks, which differ in score alone, the first fit."""
+        trial = dropped.clone()
+        trial[own[0]] = False
+        return own[:1] if self.size(trial) <= self.target else own[:0]
+
     def cheapest(self, dropped: Tensor) -> int:
         """Parameters of the cheapest bundle left."""
         left = self.bundles.gain[~dropped & self._next(dropped)]
@@ -250,16 +298,21 @@ def choose(
     """
     ledger = Ledger(model, groups, masks)
     everything = [each.kept for each in groups]
+    if not groups and ledger.size(everything) > target:
+        raise ValueError(unreachable(model, groups, masks, target))
     if ledger.size(everything) <= target:
         return everything
-    bundles = _bundle(groups, scores)
-    choice = _Choice(ledger, bundles, target)
-    dropped = choice.prefix(torch.zeros(len(bundles.key), dtype=torch.bool))
-    if dropped is None:
+    for reserved in range(len(groups) + 1):
+        bundles = _bundle(groups, scores, reserved)
+        choice = _Choice(ledger, bundles, target)
+        dropped = choice.prefix(torch.zeros(len(bundles.key), dtype=torch.bool))
+        if dropped is not None:
+            break
+    else:
         raise ValueError(unreachable(model, groups, masks, target))
     best, slack = choice.refill(dropped)
     best, slack = choice.give_way(best, slack)
-    return bundles.keep(groups, choice.swap(best, slack))
+    return bundles.keep(groups, choice.top_up(choice.swap(best, slack)))
 
 
 def _tails(bundles: _Bundles, pinned: Tensor) -> Tensor:

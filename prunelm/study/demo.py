@@ -5,6 +5,8 @@ from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
+from prunelm.decoding.transcribe import SearchOptions, suitable_options
+from prunelm.decoding.tuning import choose_search
 from prunelm.pruning import (
     Blocks,
     Elements,
@@ -21,8 +23,8 @@ from prunelm.pruning import (
 from prunelm.pruning.groups import Method
 from prunelm.study.grid import LINES, Grid, Measuring, Progress, run_grid
 from prunelm.study.report import write_report
-from prunelm.study.testbed import open_testbed
-from prunelm.study.tuning import choose_searches, searches_before
+from prunelm.study.testbed import TestBed, open_testbed
+from prunelm.training.pretrained import ChosenSearch, chosen_search, read_chosen
 
 MEASURING = Measuring()
 
@@ -103,8 +105,8 @@ def run_study(
     grid: Grid,
     *,
     title: str = "prunelm study",
-    weight: float | None = None,
-    reward: float | None = None,
+    lm_weight: float | None = None,
+    token_reward: float | None = None,
     beam: int = 4,
     data: Path | str | None = None,
     lm: Path | None = None,
@@ -118,8 +120,7 @@ def run_study(
 
     Args:
         out: folder for the study; holds report.html at the end.
-        weight, reward: of the LM in fusion and of each token; None: chosen on the validation
-            utterances, 0.3 and 0 without them.
+        lm_weight, token_reward: None: as `choose_searches` says.
         data: a folder laid out as `testbed` tells; None: the shipped one.
         lm, recogniser, corpus, text: in place of the folder's own.
         measuring: all but the searches.
@@ -132,10 +133,76 @@ def run_study(
     bed = open_testbed(
         shipped() if data is None else data, lm=lm, recogniser=recogniser, corpus=corpus, text=text
     )
-    before = searches_before(out) if weight is None and reward is None else None
-    searches = before or choose_searches(bed, beam, weight, reward, progress)
-    measuring = replace(measuring, alone=searches.alone, fused=searches.fused)
+    bed, alone, fused = choose_searches(bed, out, beam, lm_weight, token_reward, progress)
+    measuring = replace(measuring, alone=alone, fused=fused)
     run_grid(bed, grid, out, title=title, measuring=measuring, progress=progress)
     path = write_report(out)
     progress.say(f"all in {time.perf_counter() - started:.0f} s")
     return path
+
+
+def choose_searches(
+    bed: TestBed,
+    out: Path | str,
+    beam: int,
+    lm_weight: float | None,
+    token_reward: float | None,
+    progress: Progress,
+) -> tuple[TestBed, SearchOptions, SearchOptions]:
+    """The search without a language model and the one with it, each at its own best.
+
+    What stands beside the models, or in the folder of a stopped run, was chosen on validation
+    utterances before. What is missing is chosen on those of the test bed, and is the default
+    where it has none.
+
+    Args:
+        out: folder of the study.
+        beam: hypotheses kept.
+        lm_weight, token_reward: held at this value; None: chosen.
+
+    Returns:
+        the test bed, whose models know what was chosen for them, and the two searches.
+    """
+    if bed.recogniser is None:
+        weight, reward = 0.3 if lm_weight is None else lm_weight, token_reward or 0.0
+        return bed, SearchOptions(beam, 0.0, reward), SearchOptions(beam, weight, reward)
+    automatic = lm_weight is None and token_reward is None
+    if automatic:
+        bed = _with_chosen(bed, read_chosen(out))
+    found: list[SearchOptions] = []
+    for lm in (None, bed.lm):
+        recogniser = bed.recogniser
+        assert recogniser is not None
+        held = 0.0 if lm is None else lm_weight
+        before = chosen_search(recogniser, lm, beam) if automatic else None
+        settled = held is not None and token_reward is not None
+        if bed.valid and not settled and (before is None or before.beam != beam):
+            what = "token reward without LM" if lm is None else "LM weight and token reward"
+            progress.doing(f"choosing the {what} on {len(bed.valid)} validation utterances")
+            choice = choose_search(
+                recogniser, lm, bed.valid, beam, lm_weight=held, token_reward=token_reward
+            )
+            found.append(SearchOptions(beam, choice.lm_weight, choice.token_reward))
+            where = f"chosen on {choice.utterances} validation utterances"
+            progress.say(f"{found[-1]}: {where} (WER {100 * choice.wer:.1f} %)")
+            if automatic:
+                bed = _with_chosen(bed, (choice,))
+            continue
+        options, where = suitable_options(
+            recogniser, lm, beam=beam, lm_weight=held, token_reward=token_reward
+        )
+        found.append(options)
+        if where:
+            progress.say(f"{options}: {where}")
+    return bed, found[0], found[1]
+
+
+def _with_chosen(bed: TestBed, chosen: tuple[ChosenSearch, ...]) -> TestBed:
+    assert bed.recogniser is not None
+    with_lm = tuple(each for each in chosen if each.lm)
+    without = tuple(each for each in chosen if not each.lm)
+    return replace(
+        bed,
+        lm=replace(bed.lm, chosen=(*bed.lm.chosen, *with_lm)),
+        recogniser=replace(bed.recogniser, chosen=(*bed.recogniser.chosen, *without)),
+    )

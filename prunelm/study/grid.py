@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from prunelm.data.files import replace_file
+from prunelm.decoding.transcribe import EncodedBatch, SearchOptions, best_words, encode, search
 from prunelm.metrics.flops import flops_per_token
 from prunelm.metrics.perplexity import perplexity
 from prunelm.metrics.speed import latency
@@ -24,9 +25,9 @@ from prunelm.nn import accelerate
 from prunelm.pruning import Finetune, OneShot, Pruner, Result, Taylor, count_parameters
 from prunelm.pruning.groups import Criterion, Method, Schedule
 from prunelm.pruning.recovery import Recovery
-from prunelm.study.recognition import Encoded, Searching, encode, transcribe
 from prunelm.study.results import DENSE, NO_LM, Row, open_study, read_row, write_row
 from prunelm.study.testbed import TestBed
+from prunelm.training.pretrained import add_chosen, write_chosen
 
 
 class Progress(Protocol):
@@ -51,8 +52,8 @@ class Lines:
 
 
 LINES = Lines()
-ALONE = Searching(weight=0.0)
-FUSED = Searching()
+ALONE = SearchOptions(lm_weight=0.0)
+FUSED = SearchOptions()
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,8 @@ class Measuring:
         batch, length: rows and tokens of a batch of recovery text.
     """
 
-    alone: Searching = ALONE
-    fused: Searching = FUSED
+    alone: SearchOptions = ALONE
+    fused: SearchOptions = FUSED
     rows: int = 32
     context: int = 32
     threads: int = 1
@@ -152,6 +153,7 @@ def run_grid(
     folder = Path(folder)
     study = {**bed.facts, **_settings(grid, measuring)}
     open_study(folder, title, study)
+    add_chosen(folder, [*bed.lm.chosen, *(bed.recogniser.chosen if bed.recogniser else ())])
     work = _Work(bed, folder, measuring, progress, grid.size + 1 + (bed.recogniser is not None))
     work.references()
     for chain in grid.chains():
@@ -167,7 +169,7 @@ class _Work:
     ) -> None:
         self.bed, self.folder, self.how, self.progress = bed, folder, measuring, progress
         self.count, self.done = count, 0
-        self._encoded: list[Encoded] | None = None
+        self._encoded: list[EncodedBatch] | None = None
 
     def references(self) -> None:
         """The rows that all others are compared with."""
@@ -178,7 +180,7 @@ class _Work:
             row = Row(NO_LM, "", 0, **heard, seconds={"decode": time.perf_counter() - started})
             self.finish("no-lm", row)
         if not self.skip("dense-lm"):
-            self.finish("dense-lm", self.measure("dense-lm", DENSE, self.bed.lm))
+            self.finish("dense-lm", self.measure("dense-lm", DENSE, self.bed.lm.model))
 
     def chain(self, chain: Chain) -> None:
         """Prunes one chain, if any of its cells is missing, and measures those."""
@@ -190,7 +192,7 @@ class _Work:
         folder = self.folder / "work" / chain.key("-".join(chain.targets))
         try:
             results = chain.pruner.ladder(
-                self.bed.lm, list(chain.targets), self.data(chain.pruner.seed),
+                self.bed.lm.model, list(chain.targets), self.data(chain.pruner.seed),
                 tokenizer=self.bed.tokenizer, folder=folder,
             )  # fmt: skip
         except ValueError as error:
@@ -209,6 +211,7 @@ class _Work:
         """Measures and writes one pruned model."""
         key = chain.key(target)
         result.save(self.folder / "models" / key, self.bed.tokenizer)
+        write_chosen(self.folder / "models" / key, self.bed.lm.chosen)
         model = result.model
         assert isinstance(model, TransformerLM)
         row = self.measure(
@@ -238,7 +241,7 @@ class _Work:
         started = time.perf_counter()
         test = perplexity(model, bed.test_lines, bed.tokenizer).per_word
         valid = perplexity(model, bed.valid_lines, bed.tokenizer).per_word
-        models = {"dense": bed.lm, "plain": model, "fast": fast}
+        models = {"dense": bed.lm.model, "plain": model, "fast": fast}
         times = latency(
             models, rows=how.rows, context=how.context, threads=how.threads, runs=how.runs
         )
@@ -262,7 +265,8 @@ class _Work:
         """WER of the test utterances, beside which the words heard are kept."""
         bed, how = self.bed, self.how.alone if lm is None else self.how.fused
         assert bed.recogniser is not None
-        heard = transcribe(bed.recogniser, bed.tokenizer, self.encoded(), lm, how)
+        nbest = search(bed.recogniser.model, self.encoded(), lm, how)
+        heard = best_words(nbest, bed.tokenizer)
         said = {utterance.id: utterance.text for utterance in bed.test}
         write_transcripts(self.folder / "transcripts" / f"{key}.tsv", said, heard)
         references, hypotheses = [said[name] for name in heard], [*heard.values()]
@@ -277,12 +281,12 @@ class _Work:
             "errors": found.errors, "words": found.words, "better": better,
         }  # fmt: skip
 
-    def encoded(self) -> list[Encoded]:
+    def encoded(self) -> list[EncodedBatch]:
         """The test utterances after the encoder, which runs once."""
         if self._encoded is None:
             started = time.perf_counter()
             assert self.bed.recogniser is not None
-            self._encoded = encode(self.bed.recogniser, self.bed.test)
+            self._encoded = encode(self.bed.recogniser.model, self.bed.test)
             self.progress.say(
                 f"encoded {len(self.bed.test)} utterances in {time.perf_counter() - started:.0f} s"
             )
@@ -342,9 +346,9 @@ def _settings(grid: Grid, measuring: Measuring) -> dict[str, Any]:
         "seeds": ", ".join(map(str, grid.seeds)),
         "sizes": "one run per series" if grid.ladder else "one run per size",
         "beam": measuring.fused.beam,
-        "lm_weight": measuring.fused.weight,
-        "token_reward": measuring.fused.reward,
-        "token_reward_without_lm": measuring.alone.reward,
+        "lm_weight": measuring.fused.lm_weight,
+        "token_reward": measuring.fused.token_reward,
+        "token_reward_without_lm": measuring.alone.token_reward,
         "timing": f"{measuring.rows} rows, {measuring.context} tokens before, "
         f"{measuring.threads} thread, median of {measuring.runs}",
         "recovery_batches": f"{measuring.batch} rows of {measuring.length} tokens",

@@ -89,6 +89,10 @@ COLUMNS = (
 )
 
 
+NARROW = ("Plain torch", "vs dense", "Step ms", "FLOPs", "Speed-up", "Perplexity")
+"""Headings that a terminal's table leaves out where it must, in this order."""
+
+
 def write_report(folder: Path | str) -> Path:
     """Writes results.json and report.html into a study's folder, from what is finished there.
 
@@ -173,16 +177,40 @@ def html_table(results: Results) -> str:
     return "\n".join([*lines, "</tbody></table>"])
 
 
-def text_table(results: Results) -> "Table":
-    """The table for a terminal."""
+def text_table(results: Results, width: int) -> "Table":
+    """The table for a terminal of `width` characters; columns that do not fit are left out.
+
+    Parameters and WER always stay; in a very narrow one names wrap.
+    """
+    from rich.console import Console
+
+    console = Console(width=10_000)
+    columns = list(COLUMNS)
+    table = _text_table(results, columns)
+    for heading in NARROW:
+        if console.measure(table).maximum <= width:
+            break
+        columns = [column for column in columns if column.heading != heading]
+        table = _text_table(results, columns)
+    return table
+
+
+def _text_table(results: Results, columns: Sequence[Column]) -> "Table":
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
     dense = results.row(DENSE)
-    table = Table(title=results.title, title_justify="left", pad_edge=False)
-    table.add_column("Model", no_wrap=True)
-    for column in COLUMNS:
-        table.add_column(f"{column.heading}\n[dim]{column.help}[/dim]", justify="right")
+    left_out = [column.heading for column in COLUMNS if column not in columns]
+    caption = f"not shown for want of width: {', '.join(left_out)}" if left_out else None
+    table = Table(
+        title=results.title, title_justify="left", caption=caption, caption_justify="left",
+        box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False,
+    )  # fmt: skip
+    table.add_column("Model", overflow="fold", min_width=12)
+    for column in columns:
+        heading = f"{column.heading}\n[dim]{column.help}[/dim]"
+        table.add_column(heading, justify="right", no_wrap=True)
     last = None
     for row in results.rows:
         group = row.series if row.target else ""
@@ -193,7 +221,7 @@ def text_table(results: Results) -> "Table":
             row.name,
             *(
                 Text(c.text(row, dense), "bold" if _is_best(c, row, results.rows) else "")
-                for c in COLUMNS
+                for c in columns
             ),
         )
     return table

@@ -9,13 +9,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
-from prunelm.data.files import replace_file
+from prunelm.data.files import replace_file, require_file, shown
 
 FORMAT = 1
 NO_LM = "no LM"
 DENSE = "dense LM"
+_NAMES: dict[type, str] = {
+    str: "text", int: "a whole number", float: "a number", dict: "an object", list: "a list"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -118,15 +122,14 @@ def write_json(path: Path | str, values: Any) -> None:
 def read_json(path: Path | str) -> dict[str, Any]:
     """Reads a JSON object; one clear line where it is missing, cut short or another format."""
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a file, found none")
+    require_file("results", path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{path}: expected JSON, got a file cut short or changed") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         got = values.get("format") if isinstance(values, dict) else type(values).__name__
-        raise ValueError(f"{path}: expected format {FORMAT}, got {got}")
+        raise ValueError(f"{path}: expected format {FORMAT}, got {shown(got)}")
     return values
 
 
@@ -174,7 +177,7 @@ def read_results(folder: Path | str) -> Results:
     folder = Path(folder)
     if not (folder / "study.json").is_file():
         raise FileNotFoundError(f"{folder}: expected a folder of results (study.json), found none")
-    head = read_json(folder / "study.json")
+    head = _head(folder / "study.json")
     rows = [_row(path, read_json(path)) for path in sorted((folder / "cells").glob("*.json"))]
     if not rows:
         raise ValueError(f"{folder}: expected at least one finished cell in cells/, found none")
@@ -197,14 +200,52 @@ def save_results(folder: Path | str, results: Results) -> None:
 
 def load_results(path: Path | str) -> Results:
     """What `save_results` wrote."""
-    head = read_json(path)
+    head = _head(Path(path), rows=list)
     rows = tuple(_row(Path(path), values) for values in head["rows"])
     return Results(head["title"], head["study"], head["machine"], rows)
 
 
-def _row(path: Path, values: dict[str, Any]) -> Row:
+def _head(path: Path, **more: type) -> dict[str, Any]:
+    """A file's values, those that every study has of the right types."""
+    values = read_json(path)
+    for name, kind in {"title": str, "study": dict, "machine": dict, **more}.items():
+        if not isinstance(values.get(name), kind):
+            got = shown(values.get(name))
+            raise ValueError(f"{path}: expected {name} as {_NAMES[kind]}, got {got}")
+    return values
+
+
+def _row(path: Path, values: Any) -> Row:
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a row as an object, got {shown(values)}")
     values = {name: value for name, value in values.items() if name != "format"}
-    known = {f.name for f in fields(Row)}
-    if set(values) != known:
-        raise ValueError(f"{path}: expected the fields {sorted(known)}, got {sorted(values)}")
+    known = {f.name: _kind(f.type) for f in fields(Row)}
+    for name in [*known, *values]:
+        if name not in values:
+            raise ValueError(f"{path}: expected the field {name}, got none")
+        if name not in known:
+            raise ValueError(f"{path}: expected no field {shown(name)}, got one")
+        kind, optional = known[name]
+        if not (values[name] is None and optional) and not _fits(values[name], kind):
+            got = shown(repr(values[name]))
+            raise ValueError(f"{path}: expected {name} as {_NAMES[kind]}, got {got}")
+    for name, value in values["seconds"].items():
+        if not _fits(value, float):
+            got = shown(repr(value))
+            raise ValueError(f"{path}: expected seconds of {shown(name)} as a number, got {got}")
     return Row(**values)
+
+
+def _kind(hint: Any) -> tuple[type, bool]:
+    """What a field holds in JSON, and whether it may be None."""
+    options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    kind = next(each for each in options if each is not type(None))
+    return (dict if get_origin(kind) is Mapping else kind), len(options) > 1
+
+
+def _fits(value: Any, kind: type) -> bool:
+    if kind in (str, dict):
+        return isinstance(value, kind)
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
+        return False
+    return abs(value) < 1e300  # not NaN, and no integer that a float cannot hold

@@ -22,9 +22,7 @@ from typing import Any
 from prunelm.data.speech import Utterance, load_corpus
 from prunelm.data.text import TokenBatches, read_lines, write_token_ids
 from prunelm.data.tokenizer import Tokenizer
-from prunelm.models.lm import TransformerLM
-from prunelm.models.transducer import Transducer
-from prunelm.training.checkpoint import load_model
+from prunelm.training.pretrained import LoadedLM, LoadedRecogniser, load_lm, load_recogniser
 
 
 @dataclass(frozen=True)
@@ -32,18 +30,23 @@ class TestBed:
     """Models and data; `recogniser` and `test` are None and empty where only text is judged.
 
     Args:
+        lm: not accelerated, since it is to be pruned.
         facts: what a report says of them.
     """
 
-    lm: TransformerLM
-    tokenizer: Tokenizer
-    recogniser: Transducer | None
+    lm: LoadedLM
+    recogniser: LoadedRecogniser | None
     test: tuple[Utterance, ...]
     valid: tuple[Utterance, ...]
     test_lines: tuple[str, ...]
     valid_lines: tuple[str, ...]
     recovery: Path
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of the language model and of the recogniser."""
+        return self.lm.tokenizer
 
     def batches(self, folder: Path, *, batch: int, length: int, seed: int) -> TokenBatches:
         """The recovery text as batches; its token ids are kept in `folder`."""
@@ -75,16 +78,16 @@ def open_testbed(
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"data: expected a folder, got {folder}")
-    knowing, hearing = lm or folder / "lm", recogniser or folder / "recogniser"
+    recogniser_folder = recogniser or folder / "recogniser"
     manifest = corpus or folder / "test.tsv"
-    model, tokenizer, info = load_lm(knowing)
-    facts = {"language_model": f"{_last_two(knowing)} (weights {info['weights']})"}
-    listener: Transducer | None = None
+    model = load_lm(lm or folder / "lm", accelerated=False)
+    facts = {"language_model": f"{_last_two(model.folder)} (weights {model.weights})"}
+    listener: LoadedRecogniser | None = None
     test: list[Utterance] = []
     valid: list[Utterance] = []
-    if hearing.exists() or manifest.exists():
-        listener, info = _load_recogniser(hearing, tokenizer)
-        facts["recogniser"] = f"{_last_two(hearing)} (weights {info['weights']})"
+    if recogniser_folder.exists() or manifest.exists():
+        listener = load_recogniser(recogniser_folder, tokenizer=model.tokenizer)
+        facts["recogniser"] = f"{_last_two(recogniser_folder)} (weights {listener.weights})"
         test = load_corpus("manifest", manifest, manifest.stem)
         words = sum(len(utterance.text.split()) for utterance in test)
         facts["test_speech"] = f"{len(test)} utterances, {words:,} words ({_digest(manifest)})"
@@ -98,24 +101,9 @@ def open_testbed(
         raise FileNotFoundError(f"recovery text: expected a file, got {recovery}")
     facts["recovery_text"] = f"{recovery.name} ({_digest(recovery)})"
     return TestBed(
-        model, tokenizer, listener, tuple(test), tuple(valid), tuple(lines),
+        model, listener, tuple(test), tuple(valid), tuple(lines),
         tuple(read_lines(_text(folder, "valid"))), recovery, facts,
     )  # fmt: skip
-
-
-def load_lm(folder: Path | str) -> tuple[TransformerLM, Tokenizer, dict[str, Any]]:
-    """`training.checkpoint.load_model` of a language model."""
-    model, tokenizer, info = load_model(folder, kind="lm")
-    if not isinstance(model, TransformerLM):
-        raise ValueError(f"{folder}: expected a language model, got {type(model).__name__}")
-    return model, tokenizer, info
-
-
-def _load_recogniser(folder: Path, tokenizer: Tokenizer) -> tuple[Transducer, dict[str, Any]]:
-    model, _, info = load_model(folder, kind="transducer", tokenizer=tokenizer)
-    if not isinstance(model, Transducer):
-        raise ValueError(f"{folder}: expected a recogniser, got {type(model).__name__}")
-    return model, info
 
 
 def text_batches(

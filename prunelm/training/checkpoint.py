@@ -3,13 +3,13 @@
 A model is a folder: `model.safetensors` (each tied tensor once), `tokenizer.model`, and
 `model.json` with the format's number, the kind, the config, the tokenizer's fingerprint and what
 the caller adds. The json is written last and holds a digest of the weights, so that files of two
-saves never pass for one model.
+saves never pass for one model. Weights of a module of another make are of kind "module"; their
+config is what the caller wants back. Without a tokenizer there is no such file and no fingerprint.
 """
 
 import hashlib
 import importlib
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunelm.data.files import replace_file
+from prunelm.data.files import replace_file, require_file, shown
 from prunelm.data.tokenizer import Tokenizer
+from prunelm.nn import refuse_accelerated
 
 FORMAT = 1
+OWN = "module"
 _KINDS = {
     "lm": ("prunelm.models.lm", "TransformerLM", "LMConfig"),
     "transducer": ("prunelm.models.transducer", "Transducer", "TransducerConfig"),
@@ -43,16 +45,33 @@ def save_model(
         dtype: what floats are stored as, such as torch.float16; None: as they are.
 
     Raises:
-        ValueError: another kind of model, another vocabulary, or a weight that `dtype` cannot hold.
+        ValueError: another kind of model, an accelerated one, another vocabulary, or a weight that
+            `dtype` cannot hold.
     """
+    kind = kind_of(model)
+    if kind == OWN:
+        name = type(model).__name__
+        raise ValueError(f"model: expected a TransformerLM or a Transducer, got {name}")
+    save_weights(folder, model, model.config.to_dict(), tokenizer, extra, dtype=dtype)  # type: ignore[operator,union-attr]
+
+
+def save_weights(
+    folder: Path | str,
+    model: nn.Module,
+    config: Mapping[str, Any],
+    tokenizer: Tokenizer | None,
+    extra: Mapping[str, Any] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """As `save_model`, for any module and also without a tokenizer; `config` are JSON values."""
     from safetensors.torch import save
 
-    kind = _kind(model)
-    config = model.config
-    if config.vocab_size != tokenizer.vocab_size:  # type: ignore[union-attr]
+    refuse_accelerated(model, "save the original and accelerate what is loaded")
+    vocabulary = config.get("vocab_size")
+    if tokenizer is not None and vocabulary not in (None, tokenizer.vocab_size):
         raise ValueError(
-            f"tokenizer: expected the model's {config.vocab_size} ids, "  # type: ignore[union-attr]
-            f"got {tokenizer.vocab_size}"
+            f"tokenizer: expected the model's {vocabulary} ids, got {tokenizer.vocab_size}"
         )
     weights = {}
     for name, tensor in untied_weights(model).items():
@@ -64,12 +83,15 @@ def save_model(
     with replace_file(folder / "model.safetensors") as temporary:
         temporary.write_bytes(save(weights))  # save_file would make it readable by its owner only
         digest = _digest(temporary)
-    tokenizer.save(folder / "tokenizer.model")
+    if tokenizer is not None:
+        tokenizer.save(folder / "tokenizer.model")
+    else:
+        (folder / "tokenizer.model").unlink(missing_ok=True)
     values = {
         "format": FORMAT,
-        "kind": kind,
-        "config": config.to_dict(),  # type: ignore[operator,union-attr]
-        "tokenizer": tokenizer.fingerprint,
+        "kind": kind_of(model),
+        "config": dict(config),
+        "tokenizer": tokenizer.fingerprint if tokenizer is not None else None,
         "weights": digest,
         "extra": dict(extra or {}),
     }
@@ -88,26 +110,70 @@ def load_model(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is cut short or of another save, kind, format or vocabulary.
+        ValueError: a file is cut short or of another save, kind, format or vocabulary, or a weight
+            is not finite.
     """
     folder = Path(folder)
-    info = _read_json(folder / "model.json")
+    info = read_info(folder)
     if kind is not None and info["kind"] != kind:
         raise ValueError(f"{folder}: expected a model of kind {kind}, got {info['kind']}")
-    own = Tokenizer.load(folder / "tokenizer.model")
-    own.check(info["tokenizer"], f"{folder / 'model.json'}")
+    if info["kind"] == OWN:
+        raise ValueError(
+            f"{folder}: expected a model of kind {' or '.join(_KINDS)}, got a module of another "
+            "make; prunelm.load_result(folder, model) fills one that you build"
+        )
+    own = load_tokenizer(folder, info)
+    if own is None:
+        raise ValueError(
+            f"{folder}: expected a model and its tokenizer, got one saved without a tokenizer; "
+            "prunelm.load_result reads it"
+        )
     if tokenizer is not None:
         tokenizer.check(own.fingerprint, str(folder))
-    weights = _read_weights(folder / "model.safetensors", info["weights"])
+    return build_model(folder, info), own, info
+
+
+def read_info(folder: Path | str) -> dict[str, Any]:
+    """What `model.json` says; raises as `load_model`."""
+    return _read_json(Path(folder) / "model.json")
+
+
+def load_tokenizer(folder: Path | str, info: Mapping[str, Any]) -> Tokenizer | None:
+    """The tokenizer saved beside a model, None where there was none; raises as `load_model`."""
+    if info["tokenizer"] is None:
+        return None
+    own = Tokenizer.load(Path(folder) / "tokenizer.model")
+    own.check(info["tokenizer"], f"{Path(folder) / 'model.json'}")
+    return own
+
+
+def read_weights(folder: Path | str, info: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights that belong to a `model.json`; raises as `load_model`."""
+    path = Path(folder) / "model.safetensors"
+    weights = _read_weights(path, info["weights"])
+    for name, tensor in weights.items():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{path}: expected finite weights, got NaN or infinity in {name}")
+    return weights
+
+
+def build_model(folder: Path | str, info: Mapping[str, Any]) -> nn.Module:
+    """The model of a config with its weights; raises as `load_model`."""
+    source, weights = Path(folder) / "model.safetensors", read_weights(folder, info)
     module_name, model_name, config_name = _KINDS[info["kind"]]
     module = importlib.import_module(module_name)
     try:
         config = getattr(module, config_name).from_dict(info["config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / 'model.json'}: {error}") from None
+        # Without memory, so that a config of another size is refused before any is taken.
+        with torch.device("meta"):
+            check_weights(getattr(module, model_name)(config), weights, str(source))
+    except (KeyError, TypeError, OverflowError, AttributeError, RuntimeError, ValueError) as error:
+        if str(source) in str(error):
+            raise
+        raise ValueError(f"{Path(folder) / 'model.json'}: config: {_one_line(error)}") from None
     model: nn.Module = getattr(module, model_name)(config)
-    copy_weights(model, weights, str(folder / "model.safetensors"))
-    return model.eval(), own, info
+    copy_weights(model, weights, str(source))
+    return model.eval()
 
 
 def untied_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -115,7 +181,7 @@ def untied_weights(model: nn.Module) -> dict[str, Tensor]:
     seen: set[int] = set()
     first = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
+        if isinstance(tensor, Tensor) and id(tensor) not in seen:  # modules may add other things
             seen.add(id(tensor))
             first[name] = tensor
     return first
@@ -123,6 +189,14 @@ def untied_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def copy_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Copies weights into a model; ValueError, naming `source`, unless names and shapes agree."""
+    check_weights(model, weights, source)
+    with torch.no_grad():
+        for name, tensor in untied_weights(model).items():
+            tensor.copy_(weights[name])
+
+
+def check_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """ValueError, naming `source`, unless weights have a model's names and shapes."""
     wanted = untied_weights(model)
     for name in [*wanted, *weights]:
         if name not in weights or name not in wanted:
@@ -134,9 +208,6 @@ def copy_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
                 f"{source}: expected {name} of shape {tuple(wanted[name].shape)}, "
                 f"got {tuple(weights[name].shape)}"
             )
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(weights[name])
 
 
 def save_state(path: Path | str, state: Mapping[str, Any]) -> None:
@@ -147,25 +218,32 @@ def save_state(path: Path | str, state: Mapping[str, Any]) -> None:
 
 def load_state(path: Path | str) -> dict[str, Any]:
     """Reads what `save_state` wrote; ValueError where the file is cut short or something else."""
+    path = require_file("training state", path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError):
-        size = Path(path).stat().st_size
+    except Exception as error:  # damaged bytes lead the unpickler to any of them
+        size = path.stat().st_size
         raise ValueError(
-            f"{path}: expected a whole training state, got {size} bytes that do not read as one; "
-            "remove it to start again"
+            f"{path}: expected a whole training state, got {size} bytes that do not read as one "
+            f"({type(error).__name__}); remove it to start again"
         ) from None
     if not isinstance(state, dict):
         raise ValueError(f"{path}: expected a training state, got {type(state).__name__}")
     return state
 
 
-def _kind(model: nn.Module) -> str:
+def kind_of(model: nn.Module) -> str:
+    """ "lm", "transducer", or "module" for one of another make."""
     name = type(model).__name__
-    for kind, (_, model_name, _) in _KINDS.items():
-        if name == model_name:
+    for kind, (module, model_name, _) in _KINDS.items():
+        if (name, type(model).__module__) == (model_name, module):
             return kind
-    raise ValueError(f"model: expected a TransformerLM or a Transducer, got {name}")
+    return OWN
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return shown(lines[0]) if lines else type(error).__name__
 
 
 def _digest(path: Path) -> str:
@@ -174,19 +252,22 @@ def _digest(path: Path) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"model: expected a file, got {path}")
+    require_file("model", path)
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{path}: expected JSON, got a file cut short or changed") from None
     fields = {"format", "kind", "config", "tokenizer", "weights", "extra"}
     if not isinstance(info, dict) or not fields <= set(info):
         raise ValueError(f"{path}: expected the fields {sorted(fields)}, got other ones")
     if info["format"] != FORMAT:
-        raise ValueError(f"{path}: expected format {FORMAT}, got {info['format']}")
-    if info["kind"] not in _KINDS:
-        raise ValueError(f"{path}: expected a kind of {sorted(_KINDS)}, got {info['kind']!r}")
+        raise ValueError(f"{path}: expected format {FORMAT}, got {shown(info['format'])}")
+    kinds = sorted((*_KINDS, OWN))
+    if not isinstance(info["kind"], str) or info["kind"] not in kinds:
+        raise ValueError(f"{path}: expected a kind of {kinds}, got {shown(repr(info['kind']))}")
+    for name in ("config", "extra"):
+        if not isinstance(info[name], dict):
+            raise ValueError(f"{path}: expected {name} as an object, got {shown(info[name])}")
     return info
 
 
@@ -194,8 +275,7 @@ def _read_weights(path: Path, digest: str) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not path.is_file():
-        raise FileNotFoundError(f"model: expected a file, got {path}")
+    require_file("model", path)
     try:
         weights: dict[str, Tensor] = load_file(path)
     except SafetensorError:
@@ -203,5 +283,5 @@ def _read_weights(path: Path, digest: str) -> dict[str, Tensor]:
         raise ValueError(f"{path}: expected whole weights, got {size} bytes cut short") from None
     found = _digest(path)
     if found != digest:
-        raise ValueError(f"{path}: expected the weights {digest} of model.json, got {found}")
+        raise ValueError(f"{path}: expected the weights {shown(digest)} of model.json, got {found}")
     return weights

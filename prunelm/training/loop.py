@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from prunelm.data.files import replace_file
 from prunelm.data.tokenizer import Tokenizer
+from prunelm.nn import is_accelerated
 from prunelm.training.checkpoint import (
     copy_weights,
     load_state,
@@ -139,9 +140,13 @@ def train(
         describe: a name to show progress under; "" shows nothing.
 
     Raises:
-        ValueError: a loss or gradient that is not finite (the last checkpoint stands), masks that
-            fit no parameter, or a folder that holds the run of other options.
+        ValueError: no weight requires a gradient, a loss or gradient is not finite (the last
+            checkpoint stands), masks fit no parameter, or the folder holds the run of other
+            options.
     """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        why = "; train the original and accelerate it again" if is_accelerated(model) else ""
+        raise ValueError(f"model: expected weights that require gradients, got none{why}")
     rank, world = _join_processes()
     run = _Run(
         model, loss, options, Path(folder) if folder is not None else None, masks, rank, world

@@ -1,7 +1,6 @@
-"""Modules over the linear ops, and `accelerate`, which puts them where they win."""
+"""Modules over the linear ops."""
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,9 +10,6 @@ from torch.compiler import is_compiling
 import prunelm._C
 from prunelm import ops
 from prunelm.ops.activation import activation_code
-from prunelm.ops.backend import GPU_DTYPES
-from prunelm.ops.break_even import block_sparse_us, dense_us, low_rank_blocks_us
-from prunelm.ops.gpu_break_even import Card, best_block, card_of, product_wins
 from prunelm.sparse import BlockSparse
 
 
@@ -62,6 +58,11 @@ class LowRankLinear(nn.Module):
             nn.init.uniform_(factor, -bound, bound)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -(self.in_features**-0.5), self.in_features**-0.5)
+
+    @property
+    def weight(self) -> Tensor:
+        """The product [N, K], for code that reads a linear's weight; computed at each look."""
+        return self.up @ self.down
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
@@ -116,7 +117,7 @@ class BlockSparseLinear(nn.Module):
 
     @property
     def weight(self) -> BlockSparse:
-        """A view on the module's tensors."""
+        """A view on the module's tensors, which torch's functions take for the dense weight."""
         shape = (self.out_features, self.in_features)
         return BlockSparse(self.values, self.crow, self.col, shape, self.schedule)
 
@@ -196,7 +197,7 @@ class PackedLowRankLinear(nn.Module):
         self.rank, self.activation = linear.rank, linear.activation
         for name, factor in (("down", linear.down), ("up", linear.up)):
             N, K = factor.shape
-            blocks = BlockSparse.from_dense(factor.detach(), (16, max(K, 1)), _all_blocks(N, K))
+            blocks = BlockSparse.from_dense(factor.detach(), (16, max(K, 1)), all_blocks(N, K))
             self.register_buffer(f"{name}_values", blocks.values)
             self.register_buffer(f"{name}_crow", blocks.crow)
             self.register_buffer(f"{name}_col", blocks.col)
@@ -214,6 +215,11 @@ class PackedLowRankLinear(nn.Module):
         """[N, R]."""
         shape = (self.out_features, self.rank)
         return BlockSparse(self.up_values, self.up_crow, self.up_col, shape)
+
+    @property
+    def weight(self) -> Tensor:
+        """The product [N, K], for code that reads a linear's weight; computed at each look."""
+        return self.up.to_dense() @ self.down.to_dense()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
@@ -239,167 +245,19 @@ class PackedLowRankLinear(nn.Module):
         )
 
 
-# Blocks that `accelerate` looks for. The kernels read 16 outputs at a time, so that lower blocks
-# gain nothing; taller ones save indices.
-BLOCKS = ((16, 1), (16, 4), (16, 16), (32, 32), (64, 64), (128, 128))
-
-
-def accelerate(
-    model: nn.Module, rows: Sequence[int] = (1, 8, 64), dense: bool | None = None
-) -> nn.Module:
-    """A copy of the model in eval mode, with linears replaced where that is predicted to be faster.
-
-    Zero blocks are found in the weights themselves: an nn.Linear with enough of them becomes a
-    `BlockSparseLinear`, with the block of `BLOCKS` that promises most; a `LowRankLinear` has its
-    factors laid out for the kernels or, where they cost more than their product, becomes that
-    product. Predictions are for one thread where a module lies on the CPU, for its card where it
-    lies on a GPU. The copy is for inference: its parameters need no gradient, and its state dict is
-    not the model's.
-
-    On the CPU dense linears go through the same op, as one block per 16 outputs, unless that is
-    predicted to be slower. With all linears there, a row's result does not depend on how many rows
-    are computed with it, bit for bit, which torch's own linear does not promise.
-
-    Args:
-        model: any module; nn.Linear and LowRankLinear in it are looked at, subclasses are not.
-        rows: the numbers of rows M to be fast for; what wins must win for each.
-        dense: True sends every dense linear through the op, False none, None those on the CPU that
-            do not lose more than 3 %.
-
-    Raises:
-        ValueError: rows is empty or holds a number below 1.
-    """
-    if not rows or min(rows) < 1:
-        raise ValueError(f"rows: expected numbers of at least 1, got {list(rows)}")
-    fast = copy.deepcopy(model).eval().requires_grad_(False)
-    for name, module in list(fast.named_modules()):
-        new = _accelerated(module, rows, dense)
-        if new is module:
-            continue
-        if not name:
-            return new
-        parent, _, own = name.rpartition(".")
-        setattr(fast.get_submodule(parent), own, new)
-    return fast
-
-
-def _accelerated(module: nn.Module, rows: Sequence[int], dense: bool | None) -> nn.Module:
-    """What stands for one module in the accelerated copy; the module itself where nothing wins."""
-    new: nn.Module | None = None
-    if type(module) is LowRankLinear:
-        if module.down.device.type == "cpu":
-            new = _accelerated_low_rank(module, rows)
-        elif module.down.device.type == "cuda":
-            card = card_of(module.down.device.index or 0)
-            new = _multiplied_out(module, rows, card)
-    elif type(module) is nn.Linear:
-        if module.weight.device.type == "cpu":
-            new = _accelerated_linear(module, rows, dense)
-        elif module.weight.device.type == "cuda":
-            card = card_of(module.weight.device.index or 0)
-            new = _accelerated_on_gpu(module, rows, dense, card)
-    return module if new is None else new.eval().requires_grad_(False)
-
-
-def _accelerated_on_gpu(
-    linear: nn.Linear, rows: Sequence[int], dense: bool | None, card: Card
-) -> nn.Module | None:
-    weight = linear.weight.detach()
-    N, K = weight.shape
-    if weight.dtype not in GPU_DTYPES:
-        return None
-    stored = {block: _stored_blocks(weight, block) for block in BLOCKS}
-    block = best_block(card, tuple(rows), N, K, stored, weight.dtype)
-    if block is not None:
-        return BlockSparseLinear.from_linear(linear, block)
-    if dense:
-        every = torch.ones(-(-N // 64), -(-K // 64), dtype=torch.bool)
-        return BlockSparseLinear.from_linear(linear, (64, 64), every)
-    return None
-
-
-def _multiplied_out(linear: LowRankLinear, rows: Sequence[int], card: Card) -> nn.Module | None:
-    """The product of the factors as a dense layer, where these would be slower."""
-    N, K, R, dtype = linear.out_features, linear.in_features, linear.rank, linear.down.dtype
-    if not product_wins(card, tuple(rows), N, K, R, dtype):
-        return None
-    product = (linear.up.detach().double() @ linear.down.detach().double()).to(dtype)
-    whole = _linear_of(product, linear.bias)
-    modules = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
-    name = linear.activation
-    return whole if name is None else nn.Sequential(whole, modules[name]())
-
-
-def _accelerated_low_rank(linear: LowRankLinear, rows: Sequence[int]) -> nn.Module:
-    N, K, R, dtype = linear.out_features, linear.in_features, linear.rank, linear.down.dtype
-    factored = [low_rank_blocks_us(M, N, K, R, dtype) for M in rows]
-    merged = [block_sparse_us(M, -(-N // 16), (16, K), dtype) for M in rows]
-    if not all(us < other for us, other in zip(merged, factored, strict=True)):
-        return PackedLowRankLinear(linear)
-    product = (linear.up.double() @ linear.down.double()).to(dtype)
-    new = BlockSparseLinear.from_linear(
-        _linear_of(product, linear.bias), (16, K), _all_blocks(N, K)
-    )
-    new.activation = linear.activation
-    return new
-
-
-def _accelerated_linear(
-    linear: nn.Linear, rows: Sequence[int], dense: bool | None
-) -> nn.Module | None:
-    N, K = linear.out_features, linear.in_features
-    block = _best_block(linear, rows)
-    if block is not None:
-        return BlockSparseLinear.from_linear(linear, block)
-    if dense or (dense is None and _wins(linear, -(-N // 16), (16, K), rows, 1 / 0.97)):
-        return BlockSparseLinear.from_linear(linear, (16, K), _all_blocks(N, K))
-    return None
-
-
-def _linear_of(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
-    N, K = weight.shape
-    linear = nn.Linear(K, N, bias=bias is not None, device="meta", dtype=weight.dtype)
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        linear.bias = bias
-    return linear
-
-
-def _all_blocks(N: int, K: int) -> Tensor:
+def all_blocks(N: int, K: int) -> Tensor:
     """The mask that keeps everything, for blocks (16, K)."""
     return torch.ones(-(-N // 16), min(K, 1), dtype=torch.bool)
 
 
-def _best_block(linear: nn.Linear, rows: Sequence[int]) -> tuple[int, int] | None:
-    """The block of BLOCKS with the least predicted time, if it beats dense for every M."""
-    weight = linear.weight.detach()
-    best, best_us = None, float("inf")
-    for block in BLOCKS:
-        nnz = _stored_blocks(weight, block)
-        own = sum(block_sparse_us(M, nnz, block, weight.dtype) for M in rows)
-        packed = sum(_dense_blocks_us(linear, M) for M in rows)
-        if own < min(best_us, packed) and _wins(linear, nnz, block, rows, 1.0):
-            best, best_us = block, own
-    return best
+def is_accelerated(model: nn.Module) -> bool:
+    """Whether `accelerate` has put inference modules into a model."""
+    return any(isinstance(m, (BlockSparseLinear, PackedLowRankLinear)) for m in model.modules())
 
 
-def _dense_blocks_us(linear: nn.Linear, M: int) -> float:
-    blocks = -(-linear.out_features // 16)
-    return block_sparse_us(M, blocks, (16, linear.in_features), linear.weight.dtype)
-
-
-def _wins(
-    linear: nn.Linear, nnz: int, block: tuple[int, int], rows: Sequence[int], slack: float
-) -> bool:
-    """Whether nnz blocks take at most `slack` times as long as dense, as predicted, for each M."""
-    N, K, dtype = linear.out_features, linear.in_features, linear.weight.dtype
-    return all(
-        block_sparse_us(M, nnz, block, dtype) <= slack * dense_us(M, N, K, dtype) for M in rows
-    )
-
-
-def _stored_blocks(weight: Tensor, block: tuple[int, int]) -> int:
-    """How many blocks of the weight [N, K] are not all zero."""
-    (N, K), (bn, bk) = weight.shape, block
-    nonzero = nn.functional.pad(weight != 0, (0, -K % bk, 0, -N % bn))
-    return int(nonzero.view(-(-N // bn), bn, -(-K // bk), bk).any(3).any(1).sum())
+def refuse_accelerated(model: nn.Module, instead: str) -> None:
+    """ValueError, saying what to do instead, for what came from `accelerate`."""
+    if is_accelerated(model):
+        raise ValueError(
+            f"model: expected a model before accelerate, got an accelerated one; {instead}"
+        )

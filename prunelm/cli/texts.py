@@ -1,0 +1,29 @@
+"""Texts that a user names for a language model: read, normalised if asked, and looked at."""
+
+import logging
+from pathlib import Path
+
+from prunelm.data.coverage import unknown_characters
+from prunelm.data.text import normalise, read_lines
+from prunelm.data.tokenizer import Tokenizer
+
+
+def known_lines(path: Path, tokenizer: Tokenizer, normalised: bool) -> list[str]:
+    """Lines of a text, after a warning where the tokenizer does not know all its characters.
+
+    Args:
+        normalised: whether lines are written as a recogniser writes them.
+    """
+    lines = read_lines(path)
+    if normalised:
+        lines = [normalise(line) for line in lines]
+    warn_of_unknown(lines, tokenizer, path, normalised)
+    return lines
+
+
+def warn_of_unknown(lines: list[str], tokenizer: Tokenizer, path: Path, normalised: bool) -> None:
+    """A log message with the share of unknown characters and an example, if there are any."""
+    found = unknown_characters(lines, tokenizer)
+    if found is not None:
+        hint = "" if normalised else "; --normalise writes lines as the recogniser does"
+        logging.getLogger("prunelm").warning("%s: %s%s", path, found, hint)
