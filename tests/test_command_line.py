@@ -41,7 +41,7 @@ def test_help_names_classes_with_their_settings(capsys: pytest.CaptureFixture[st
     shown = " ".join(capsys.readouterr().out.split())
     for part in (
         "Neurons: Feed-forward neurons",
-        ".min_keep <whole number>: heads that stay in every block",
+        ".min_keep <whole number>: neurons that stay in every block",
         ".shape cubic|linear|geometric: how the sizes fall from round to round (default: cubic)",
         "--fp16 yes|no store the weights as float16 (default: no)",
         "--target <size>",

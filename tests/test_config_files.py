@@ -91,6 +91,8 @@ def refused(yaml: str | bytes, words: Sequence[str] = ()) -> str:
         ("fp16: maybe", "line 1: fp16: expected yes or no, got maybe"),
         ("text: {a: b}", "line 1: text: expected a file or folder, got {a: b}"),
         ("seed: 1\nseed: 2", "my.yaml, line 2: seed: expected once, got it again"),
+        ("fp_16: 1\nfp-16: 1", "line 1: fp_16: expected an option"),
+        ("no-fp16:\nno_fp16:", "line 2: no_fp16: expected once, got it again"),
         ("fp-16: 1", "line 1: fp-16: expected an option of prunelm x; did you mean fp16?"),
         ("criterion:\n  Magnitude:\n    q: 3", "my.yaml, line 3: criterion: expected a setting of "
          "its class, got 'q' (Magnitude takes p)"),
@@ -119,7 +121,7 @@ def refused(yaml: str | bytes, words: Sequence[str] = ()) -> str:
         (b"\x00\x01", "my.yaml: expected YAML: "),
         ("#" * (yaml_file.MOST_BYTES + 1), "my.yaml: expected YAML of at most 1,000,000 bytes"),
     ],
-    ids=range(31),
+    ids=range(33),
 )  # fmt: skip
 def test_mistakes_name_file_and_line(yaml: str | bytes, said: str) -> None:
     assert said in refused(yaml)

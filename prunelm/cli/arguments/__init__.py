@@ -59,7 +59,12 @@ def parse(
 
 def _read_config(path: str, parameters: dict[str, Any], program: str) -> Tree:
     reader = Reader(parameters, program)
+    seen: set[str] = set()
     for option, given in read_file(path).items():
+        name = option.replace("-", "_")
+        if name in seen:
+            raise UsageError(f"{given.where}{option}: expected once, got it again as {name}")
+        seen.add(name)
         if option in ("allow", "config"):
             raise given.refuse(option, "it on the command line only", "it in a file")
         reader.put(option, given)
