@@ -63,6 +63,8 @@ def test_help_names_classes_with_their_settings(capsys: pytest.CaptureFixture[st
         (["--hlep"], "did you mean --help?"),
         (["--versoin"], "did you mean --version?"),
         (["help", "deocde"], "did you mean decode?"),
+        (["a\x1b[2J\udcff"], r"got 'a\x1b[2J\udcff'"),
+        (["env", "--a\x1b"], r"--a\x1b: expected an option of prunelm env"),
         (["zzz"], "command: expected one of demo, train, prune"),
         (["train"], "train: expected lm or recogniser, got nothing"),
         (["train", "foo"], "train: expected lm or recogniser, got 'foo'"),

@@ -34,6 +34,11 @@ class Largest:
         return [-torch.ones(g.count) for g in groups]
 
 
+class Checked(Largest):
+    def __init__(self, power: "OnlyForACheckerOfTypes" = 2) -> None:
+        self.settings = power
+
+
 class Unfinished:
     batches = 0
 
@@ -182,6 +187,7 @@ def test_a_class_of_ones_own(own: str) -> None:
     yaml = f"criterion: {{class_path: {own}.Largest, init_args: {{power: 1}}}}"
     found = read(yaml, [*allowed, "--criterion.deep"])["criterion"]
     assert found.settings == (1.0, (), True)
+    assert read(f"criterion: {own}.Checked(3)", allowed)["criterion"].settings == 3
     assert read(f"recovery: {own}.heal", allowed)["recovery"].__name__ == "heal"
 
 
@@ -219,3 +225,18 @@ def test_the_command_line_says_it_in_one_line(capsys: pytest.CaptureFixture[str]
         "prunelm: error: my.yaml, line 1: modle: expected an option of prunelm plan; did you mean "
         "model?\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("yaml", "words", "said"),
+    [
+        ("model: ml\ntarget: 5M", [], "my.yaml, line 1: model: expected a file, got ml/model.json"),
+        ("model: m\ntarget: 5M", ["--model", "ml"], "model: expected a file, got ml/model.json"),
+    ],
+)
+def test_what_a_command_refuses_names_the_file(
+    yaml: str, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("my.yaml").write_text(yaml)
+    assert main(["plan", "--config", "my.yaml", *words]) == 1
+    assert capsys.readouterr().err.startswith(f"prunelm: error: {said}")

@@ -45,11 +45,10 @@ class Builder:
 
     Args:
         allowed: modules, with all below them, that may be imported for classes of the user's own.
-        program: to name in messages.
     """
 
-    def __init__(self, allowed: Sequence[str] = (), program: str = "") -> None:
-        self.allowed, self.program = tuple(allowed), program
+    def __init__(self, allowed: Sequence[str] = ()) -> None:
+        self.allowed = tuple(allowed)
         self.missing: list[str] = []
 
     def value(self, parameter: Parameter, tree: Tree, name: str) -> Any:
