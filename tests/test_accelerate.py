@@ -345,3 +345,15 @@ def test_models_in_a_search_compute_the_same(name: str) -> None:
     hooked[0].register_forward_hook(lambda module, args, y: y + 1)
     with torch.no_grad():
         torch.testing.assert_close(row_independent(hooked)(x), hooked(x), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["weights-read", "encoder-layer-batch-first"])
+def test_modules_that_read_weights_compile_and_export(name: str) -> None:
+    fast, x = accelerate(zeroed(MODELS[name]()), dense=True), torch.randn(3, 5, 64)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        for twin in (
+            torch.compile(fast, fullgraph=True, backend="aot_eager"),
+            torch.export.export(fast, (x,)).module(),
+        ):
+            torch.testing.assert_close(twin(x), fast(x), rtol=1e-4, atol=2e-5)
