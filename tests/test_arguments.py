@@ -1,11 +1,11 @@
 """What a person may write for an option, and the object or the one line that it gives."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from written import LEADING, read
 
 from prunelm.cli import UsageError
 from prunelm.cli.arguments import parse
@@ -28,37 +28,10 @@ from prunelm.pruning import (
     Taylor,
 )
 
-LEADING: dict[Any, list[str]] = {
-    prune: ["m", "5M", "o"],
-    train_lm: ["t", "o"],
-    train_recogniser: ["c", "o"],
-    decode: ["r"],
-    study: ["o"],
-}
-ONE_OF = "expected one of Heads, Neurons, Blocks, LowRank, Elements"
-
 
 @pytest.fixture(autouse=True)
 def _inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def read(command: Callable[..., None], words: list[str], yaml: str | None = None) -> dict[str, Any]:
-    """Keyword arguments for a command, from words and the text of a YAML file."""
-    if yaml is not None:
-        Path("my.yaml").write_text(yaml)
-        words = [*words, "--config", "my.yaml"]
-    found = parse("prunelm x", "Does x.", command, [*LEADING.get(command, []), *words])
-    assert found is not None
-    return found
-
-
-def refused(command: Callable[..., None], words: list[str], yaml: str | None = None) -> str:
-    """The one line about words or YAML that do not fit."""
-    with pytest.raises(UsageError) as error:
-        read(command, words, yaml)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +105,8 @@ def test_a_choice_of_classes_in_a_file(yaml: str, objects: list[Any]) -> None:
         (["--recovery", "Finetune(3)", "--recovery.lr", "1e-4"], "recovery", Finetune(3, 1e-4)),
         (["--recovery", "Finetune", "--recovery.last", "none"], "recovery", Finetune(last=None)),
         (["--recovery", "none"], "recovery", None),
+        (["--criterion", "Random", "--criterion", "Magnitude"], "criterion", Magnitude()),
+        (["--criterion.batches", "4", "--criterion.batches", "5"], "criterion", Taylor(batches=5)),
         ([], "schedule", OneShot()),
     ],
 )
@@ -146,6 +121,8 @@ def test_settings(words: list[str], name: str, found: Any) -> None:
         (["--batch", "1,000"], "batch", 1000),
         (["--batch=1e3"], "batch", 1000),
         (["--batch", "32.0"], "batch", 32),
+        (["--batch", "3", "--batch=4"], "batch", 4),
+        (["--fp16", "--no-fp16"], "fp16", False),
         (["--seed", "-5"], "seed", -5),
         (["--seed", str(2**63 - 1)], "seed", 2**63 - 1),
         (["--fp16"], "fp16", True),
@@ -292,89 +269,6 @@ def test_later_files_win() -> None:
     found = read(train_lm, ["--config", "one.yaml", "--config", "two.yaml"])
     assert (found["batch"], found["length"]) == (1, 2)
     assert (found["options"].steps, found["options"].lr) == (1, 2.0)
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--method", "Hads"], f"method: {ONE_OF} (or the dotted path of a class of your own), got "
-         "Hads; did you mean Heads?"),
-        (["--method", "Heads|"], f"method: {ONE_OF}, got Heads|"),
-        (["--method", "Heads("], f"method: {ONE_OF}, got Heads("),
-        (["--method", ""], f"method: {ONE_OF}, got ''"),
-        (["--method"], f"method: {ONE_OF}, got no value"),
-        (["--method", "[Heads"], "method: expected YAML: expected ',' or ']'"),
-        (["--method", "Heads(1,2,3)"], "method: expected Heads with at most 2 settings, got 3"),
-        (["--method", "Heads(min_kep=1)"], "got 'min_kep' (Heads takes min_keep, architecture); "
-         "did you mean min_keep?"),
-        (["--method", "Blocks(bn=x)"], "method.bn: expected a whole number, got x"),
-        (["--method", "Heads(-1)"], "method.min_keep: expected at least 0, got -1"),
-        (["--method.min_keep", "2"], "method.min_keep: expected one class that has it, got "
-         "Heads and Neurons; say method.Heads.min_keep or method.Neurons.min_keep"),
-        (["--method.bn", "2"], "it is for Blocks, which was not chosen"),
-        (["--method.Blocks.bn", "2"], "it is for Blocks, which was not chosen"),
-        (["--method.architecture.qvk", "2", "--method", "Heads"], "method.architecture: expected a "
-         "setting of its class, got 'qvk'"),
-        (["--criterion", "Taylor|Random"], "criterion: expected one class, got Taylor|Random"),
-        (["--criterion", "none"], "criterion: expected one of Taylor, Magnitude, Random, got none"),
-        (["--criterion", "Random", "--criterion.batches", "4"], "criterion: expected a setting of "
-         "its class, got 'batches' (Random takes nothing); it is for Taylor"),
-        (["--schedule", "Incremental(3, cubc)"], "schedule.shape: expected cubic, linear or "
-         "geometric, got 'cubc'; did you mean cubic?"),
-        (["--schedule.rounds", "3"], "it is for Incremental, which was not chosen"),
-        (["--batch"], "batch: expected a whole number, got no value"),
-        (["--batch="], "batch: expected a whole number, got ''"),
-        (["--batch", "two"], "batch: expected a whole number, got two"),
-        (["--batch", "4.5"], "batch: expected a whole number, got 4.5"),
-        (["--batch", "nan"], "batch: expected a whole number, got nan"),
-        (["--batch", "1e300"], "batch: expected a whole number, got 1e300"),
-        (["--batch", "9" * 5000], "batch: expected a whole number, got 999"),
-        (["--batch", "3", "4"], "4: expected an option such as --model, got a word after --batch"),
-        (["--batch=3", "4"], "4: expected an option such as --model, got a word after --batch"),
-        (["--batch", "3", "--batch", "4"], "batch: expected one value, got 3 and 4"),
-        (["--batch.x", "3"], "--batch.x: expected an option of prunelm x; did you mean --batch?"),
-        (["--fp16=maybe"], "fp16: expected yes or no, got maybe"),
-        (["--fp16", "maybe"], "maybe: expected an option such as --model, got a word after --fp16"),
-        (["--no-fp16=yes"], "no-fp16: expected no value, got yes"),
-        (["--no-batch"], "--no-batch: expected an option of prunelm x; did you mean --batch?"),
-        (["--btach", "3"], "--btach: expected an option of prunelm x; did you mean --batch?"),
-        (["--crit=Random"], "--crit: expected an option of prunelm x; did you mean --criterion?"),
-        (["--steps", "3"], "did you mean --recovery.steps?"),
-        (["--qqq"], "--qqq: expected an option of prunelm x; see prunelm x --help"),
-        (["-batch", "3"], "-batch: expected an option of prunelm x; did you mean --batch?"),
-        (["-b"], "-b: expected an option of prunelm x; see prunelm x --help"),
-        (["more"], "more: expected an option such as --model, got a word"),
-        (["--text", "~nosuchuser/x"], "text: expected a folder of a user that exists"),
-        (["--config"], "config: expected a YAML file, got no value"),
-        (["--config", "no.yaml"], "config: expected a YAML file, got no.yaml: No such file"),
-        (["--config", "/"], "config: expected a YAML file, got /: Is a directory"),
-        (["--allow"], "allow: expected a module, got no value"),
-    ],
-)  # fmt: skip
-def test_mistakes_on_the_line(words: list[str], said: str) -> None:
-    assert said in refused(prune, words)
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--preset", "base"], "preset: expected small, paper-20m or tiny, got 'base'"),
-        (["--preset", "paper"], "got 'paper'; did you mean paper-20m?"),
-        (["--options", "5"], "options: expected settings such as options.steps, got 5"),
-        (["--options.stepz", "5"], "--options.stepz: expected an option of prunelm x; did you mean "
-         "--options.steps?"),
-        (["--lr", "5"], "did you mean --options.lr?"),
-        (["--options.lr", "-1"], "options.lr: expected more than 0, got -1.0"),
-        (["--options.lr", "0,5"], "options.lr: expected a number, got 0,5; did you mean 0.5?"),
-    ],
-)  # fmt: skip
-def test_mistakes_in_groups(words: list[str], said: str) -> None:
-    assert said in refused(train_lm, words)
-
-
-def test_what_is_missing_is_named() -> None:
-    with pytest.raises(UsageError, match=r"^--target, --out: expected a value, got none; see x"):
-        parse("x", "", prune, ["--model", "m"])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,7 +41,7 @@ def test_help_names_classes_with_their_settings(capsys: pytest.CaptureFixture[st
     shown = " ".join(capsys.readouterr().out.split())
     for part in (
         "Neurons: Feed-forward neurons",
-        ".min_keep <whole number>: heads that stay in every block",
+        ".min_keep <whole number>: neurons that stay in every block",
         ".shape cubic|linear|geometric: how the sizes fall from round to round (default: cubic)",
         "--fp16 yes|no store the weights as float16 (default: no)",
         "--target <size>",
@@ -63,6 +63,8 @@ def test_help_names_classes_with_their_settings(capsys: pytest.CaptureFixture[st
         (["--hlep"], "did you mean --help?"),
         (["--versoin"], "did you mean --version?"),
         (["help", "deocde"], "did you mean decode?"),
+        (["a\x1b[2J\udcff"], r"got 'a\x1b[2J\udcff'"),
+        (["env", "--a\x1b"], r"--a\x1b: expected an option of prunelm env"),
         (["zzz"], "command: expected one of demo, train, prune"),
         (["train"], "train: expected lm or recogniser, got nothing"),
         (["train", "foo"], "train: expected lm or recogniser, got 'foo'"),

@@ -34,6 +34,11 @@ class Largest:
         return [-torch.ones(g.count) for g in groups]
 
 
+class Checked(Largest):
+    def __init__(self, power: "OnlyForACheckerOfTypes" = 2) -> None:
+        self.settings = power
+
+
 class Unfinished:
     batches = 0
 
@@ -91,6 +96,8 @@ def refused(yaml: str | bytes, words: Sequence[str] = ()) -> str:
         ("fp16: maybe", "line 1: fp16: expected yes or no, got maybe"),
         ("text: {a: b}", "line 1: text: expected a file or folder, got {a: b}"),
         ("seed: 1\nseed: 2", "my.yaml, line 2: seed: expected once, got it again"),
+        ("fp_16: 1\nfp-16: 1", "line 1: fp_16: expected an option"),
+        ("no-fp16:\nno_fp16:", "line 2: no_fp16: expected once, got it again"),
         ("fp-16: 1", "line 1: fp-16: expected an option of prunelm x; did you mean fp16?"),
         ("criterion:\n  Magnitude:\n    q: 3", "my.yaml, line 3: criterion: expected a setting of "
          "its class, got 'q' (Magnitude takes p)"),
@@ -119,7 +126,7 @@ def refused(yaml: str | bytes, words: Sequence[str] = ()) -> str:
         (b"\x00\x01", "my.yaml: expected YAML: "),
         ("#" * (yaml_file.MOST_BYTES + 1), "my.yaml: expected YAML of at most 1,000,000 bytes"),
     ],
-    ids=range(31),
+    ids=range(33),
 )  # fmt: skip
 def test_mistakes_name_file_and_line(yaml: str | bytes, said: str) -> None:
     assert said in refused(yaml)
@@ -180,6 +187,7 @@ def test_a_class_of_ones_own(own: str) -> None:
     yaml = f"criterion: {{class_path: {own}.Largest, init_args: {{power: 1}}}}"
     found = read(yaml, [*allowed, "--criterion.deep"])["criterion"]
     assert found.settings == (1.0, (), True)
+    assert read(f"criterion: {own}.Checked(3)", allowed)["criterion"].settings == 3
     assert read(f"recovery: {own}.heal", allowed)["recovery"].__name__ == "heal"
 
 
@@ -217,3 +225,18 @@ def test_the_command_line_says_it_in_one_line(capsys: pytest.CaptureFixture[str]
         "prunelm: error: my.yaml, line 1: modle: expected an option of prunelm plan; did you mean "
         "model?\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("yaml", "words", "said"),
+    [
+        ("model: ml\ntarget: 5M", [], "my.yaml, line 1: model: expected a file, got ml/model.json"),
+        ("model: m\ntarget: 5M", ["--model", "ml"], "model: expected a file, got ml/model.json"),
+    ],
+)
+def test_what_a_command_refuses_names_the_file(
+    yaml: str, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("my.yaml").write_text(yaml)
+    assert main(["plan", "--config", "my.yaml", *words]) == 1
+    assert capsys.readouterr().err.startswith(f"prunelm: error: {said}")

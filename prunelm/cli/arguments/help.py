@@ -52,6 +52,7 @@ def help_text(program: str, summary: str, command: Callable[..., None]) -> str:
     for option, text in _COMMON.items():
         if choices or "--allow" not in option:
             lines += _entry(option, text)
+    lines += ["", *_wrapped("Of an option that is given again the last counts; a list gathers.", 0)]
     return "\n".join(lines)
 
 
