@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from prunelm import accelerate
+from prunelm.decoding.row_independent import row_independent
 from prunelm.nn import BlockSparseLinear, LowRankLinear, PackedLowRankLinear, is_accelerated
 
 SPARSE = 0.2  # share of the blocks that stay
@@ -323,3 +324,12 @@ def test_accelerated_models_are_traced_and_exported() -> None:
         program = torch.export.export(each, (x,))
         for twin in (traced, program.module()):
             torch.testing.assert_close(twin(other), each(other), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["weights-read", "encoder-layer-batch-first", "encoder-padded"])
+def test_models_in_a_search_compute_the_same(name: str) -> None:
+    model, x = zeroed(MODELS[name]()), torch.randn(3, 5, 64)
+    hooked = nn.Sequential(nn.Linear(64, 64), model)
+    hooked[0].register_forward_hook(lambda module, args, y: y + 1)
+    with torch.no_grad():
+        torch.testing.assert_close(row_independent(hooked)(x), hooked(x), rtol=1e-4, atol=2e-5)

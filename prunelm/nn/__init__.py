@@ -1,6 +1,6 @@
 """Modules over the linear ops, and `accelerate`, which puts them where they win."""
 
-from prunelm.nn.acceleration import BLOCKS, accelerate, copied
+from prunelm.nn.acceleration import BLOCKS, accelerate, copied, is_plain, leave_fused_layers
 from prunelm.nn.modules import (
     BlockSparseLinear,
     LowRankLinear,
@@ -17,5 +17,7 @@ __all__ = [
     "accelerate",
     "copied",
     "is_accelerated",
+    "is_plain",
+    "leave_fused_layers",
     "refuse_accelerated",
 ]

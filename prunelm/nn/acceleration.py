@@ -69,7 +69,7 @@ def accelerate(
         for name, child in list(module._modules.items()):
             if child in replaced:
                 setattr(module, name, replaced[child])
-    _leave_fused_layers(fast, set(replaced.values()))
+    leave_fused_layers(fast, set(replaced.values()))
     return fast
 
 
@@ -84,7 +84,7 @@ def copied(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, computed)
 
 
-def _leave_fused_layers(fast: nn.Module, replaced: set[nn.Module]) -> None:
+def leave_fused_layers(fast: nn.Module, replaced: set[nn.Module]) -> None:
     """Has torch's encoder layers call their linears, whose weights they would read past them."""
     for module in fast.modules():
         if isinstance(module, nn.TransformerEncoder):
@@ -98,7 +98,7 @@ def _leave_fused_layers(fast: nn.Module, replaced: set[nn.Module]) -> None:
 def _accelerated(module: nn.Module, rows: Sequence[int], dense: bool | None) -> nn.Module:
     """What stands for one module in the accelerated copy; the module itself where nothing wins."""
     new: nn.Module | None = None
-    if not isinstance(module, (nn.Linear, LowRankLinear)) or not _is_plain(module):
+    if not isinstance(module, (nn.Linear, LowRankLinear)) or not is_plain(module):
         return module
     if type(module) is LowRankLinear:
         if module.down.device.type == "cpu":
@@ -120,7 +120,7 @@ def _accelerated(module: nn.Module, rows: Sequence[int], dense: bool | None) -> 
     return new.eval().requires_grad_(False)
 
 
-def _is_plain(module: nn.Linear | LowRankLinear) -> bool:
+def is_plain(module: nn.Linear | LowRankLinear) -> bool:
     """Whether a linear does what its class says, by its own parameters alone, and is not empty."""
     own = vars(module)
     hooks = (name for name in own if "_hook" in name)

@@ -18,6 +18,14 @@ def own_loss(model: nn.Module, batch: Any) -> Tensor:
     loss: Any = getattr(model, "loss", None)
     if loss is None:
         raise ValueError(f"loss: expected a function, as {type(model).__name__} has no own loss")
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    if isinstance(batch, Tensor) and isinstance(vocabulary, int) and batch.numel():
+        least, most = int(batch.min()), int(batch.max())
+        if least < 0 or most >= vocabulary:
+            raise ValueError(
+                f"data: expected ids of the model's vocabulary, 0 to {vocabulary - 1}, "
+                f"got {least if least < 0 else most}"
+            )
     value: Tensor = loss(*batch) if isinstance(batch, tuple) else loss(batch)
     return value
 
@@ -41,14 +49,27 @@ class Calibration:
     def mean_gradient(self, model: nn.Module, batches: int) -> dict[str, Tensor]:
         """Gradient of the mean loss over all samples, float32, by parameter name.
 
-        Runs in eval mode. ValueError where there are no data, or a gradient is not finite.
+        Runs in eval mode, under no_grad of the caller too. Frozen weights get theirs like others,
+        and are frozen again afterwards.
+
+        Raises:
+            ValueError: there are no data, the loss is no scalar or does not depend on the weights,
+                or a gradient is not finite.
         """
+        with torch.enable_grad(), _thawed(model):
+            return self._mean_gradient(model, batches)
+
+    def _mean_gradient(self, model: nn.Module, batches: int) -> dict[str, Tensor]:
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if not named:
+            raise ValueError("model: expected floating weights, got none")
         total = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in named.items()}
         count = 0
         with _evaluating(model):
             for batch, samples in self._batches(batches):
-                value = self.loss(model, batch)
+                value = self._value(model, batch)
+                if not value.requires_grad:
+                    raise ValueError("loss: expected a value computed from the weights, got others")
                 gradients = torch.autograd.grad(value, list(named.values()), allow_unused=True)
                 for sum_so_far, gradient in zip(total.values(), gradients, strict=True):
                     if gradient is not None:
@@ -66,10 +87,17 @@ class Calibration:
         total, count = torch.zeros(1, dtype=torch.float64), 0
         with torch.no_grad(), _evaluating(model):
             for batch, samples in self._batches(batches):
-                total += float(self.loss(model, batch)) * samples
+                total += float(self._value(model, batch)) * samples
                 count += samples
         everywhere = _sum_over_processes(count, [total])
         return float(total) / everywhere
+
+    def _value(self, model: nn.Module, batch: Any) -> Tensor:
+        value = self.loss(model, batch)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"loss: expected the mean over the batch, a scalar tensor, got {got}")
+        return value
 
     def _batches(self, batches: int) -> Iterator[tuple[Any, int]]:
         if self.data is None:
@@ -84,6 +112,19 @@ def _samples(batch: Any) -> int:
     if isinstance(batch, Tensor):
         return batch[:, 1:].numel() if batch.dim() == 2 else len(batch)
     return len(batch[0])
+
+
+@contextmanager
+def _thawed(model: nn.Module) -> Iterator[None]:
+    """All floating weights take gradients meanwhile."""
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 @contextmanager

@@ -56,7 +56,8 @@ class Magnitude:
 class Taylor:
     """|sum over the group of g w| = |dL/dm_G|, m the group's mask, g the mean gradient.
 
-    The first-order change of the loss over all samples of the first `batches` batches. Summed
+    The first-order change of the loss over all samples of the first `batches` batches; frozen
+    weights (requires_grad False) are scored like others and stay frozen. Summed
     inside the group before the absolute value (Molchanov et al. 2019, arXiv 1906.10771, without
     the square).
 

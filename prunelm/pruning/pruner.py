@@ -1,6 +1,5 @@
 """Joins a method, a criterion, a schedule and a recovery into one run."""
 
-import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from prunelm.data.tokenizer import Tokenizer
-from prunelm.pruning.architecture import Architecture
+from prunelm.nn import copied, refuse_accelerated
+from prunelm.pruning.architecture import Architecture, is_sized_by_config
 from prunelm.pruning.budget import Ledger, count_parameters, parse_target, smallest
 from prunelm.pruning.budget import unreachable as unreachable_line
 from prunelm.pruning.calibration import (
@@ -105,7 +105,8 @@ class Pruner:
 
         Raises:
             ValueError: the target cannot be reached (says what can), data are needed and missing,
-                or a folder that holds another run.
+                weights are not finite, the model has been accelerated, or a folder that holds
+                another run.
         """
         results = self.ladder(
             model, [target], data, loss=loss, validate=validate, tokenizer=tokenizer,
@@ -132,6 +133,9 @@ class Pruner:
         Raises:
             ValueError: as for `run`, or targets that do not fall.
         """
+        _refuse(model)
+        if isinstance(targets, str | int):
+            raise ValueError(f"targets: expected a list of sizes, got {targets!r}")
         dense_size = count_parameters(model, masks)
         asked = [parse_target(target, dense_size) for target in targets]
         if not asked or any(b >= a for a, b in itertools.pairwise(asked)):
@@ -164,6 +168,7 @@ class Pruner:
         Without data a data-driven criterion is replaced by `Magnitude()`: sizes hold, places are
         an estimate.
         """
+        _refuse(model)
         masks = masks or {}
         dense_size = count_parameters(model, masks)
         asked = parse_target(target, dense_size)
@@ -174,7 +179,7 @@ class Pruner:
             advice = unreachable_line(prepared, groups, masks, asked)
             return Plan(target, asked, least, dense_size, least, {}, {}, advice)
         criterion = self.criterion if data or not self.criterion.batches else Magnitude()
-        scores = criterion.score(prepared, groups, Calibration(data, loss, self.seed))
+        scores = criterion.score(prepared, groups, Calibration(data, loss, _seed(self.seed, 0)))
         keep = choose(prepared, groups, scores, masks, asked)
         size = Ledger(prepared, groups, masks).size(keep)
         places = {
@@ -211,8 +216,8 @@ class _Run:
     ) -> None:
         self.pruner, self.evidence, self.validate = pruner, evidence, validate
         self.journal = journal
-        self.dense = copy.deepcopy(model).eval()
-        self.model, self.masks = copy.deepcopy(model).eval(), dict(masks)
+        self.dense = copied(model).eval()
+        self.model, self.masks = copied(model).eval(), dict(masks)
         self.size = self.dense_size = count_parameters(model, masks)
         self.rounds: list[Round] = []
         self.steps = 0
@@ -242,7 +247,7 @@ class _Run:
         pruner, position = self.pruner, len(self.rounds)
         if self.validate is not None and self.metric_dense is None:
             self.metric_dense = self.validate(self.dense)
-        seed = (pruner.seed * 1009 + position) % 2**20
+        seed = _seed(pruner.seed, position)
         evidence = replace(self.evidence, seed=seed)
         before = self.rounds[-1].loss_recovered if self.rounds else self.loss()
         prepared = pruner.method.prepare(self.model)
@@ -257,7 +262,7 @@ class _Run:
             predicted = sum(float(score[each.kept & ~kept].sum()) for each, score, kept in lost)
         self.model, self.masks, _ = remove(prepared, groups, keep, self.masks)
         self.agree(device)
-        pruned, metric_pruned = self.loss(), self.metric()
+        pruned, metric_pruned = self.first_loss(), self.metric()
         recovered, metric, steps = pruned, metric_pruned, 0
         if pruner.recovery is not None:
             folder = self.journal.recovery_folder(position)
@@ -279,6 +284,22 @@ class _Run:
                 if agreed is not weight:
                     weight.copy_(agreed)
 
+    def first_loss(self) -> float | None:
+        """`loss` of a model that has just shrunk, which a forward of fixed sizes does not survive.
+
+        ValueError then, naming the module.
+        """
+        try:
+            return self.loss()
+        except RuntimeError as error:
+            if is_sized_by_config(self.model):
+                raise
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"model: expected {type(self.model).__name__} to run at smaller sizes, got "
+                f"{reason!r}; take sizes from shapes or from attributes that Architecture names"
+            ) from error
+
     def loss(self) -> float | None:
         """Mean loss over the calibration batches, None without data."""
         if not self.loss_batches:
@@ -292,7 +313,7 @@ class _Run:
     def result(self, target: str | int, asked: int, tokenizer: Tokenizer | None) -> Result:
         """The present model as a result of its own."""
         return Result(
-            model=copy.deepcopy(self.model).eval(),
+            model=copied(self.model).eval(),
             masks=dict(self.masks),
             target=target,
             asked=asked,
@@ -303,6 +324,24 @@ class _Run:
             metric_dense=self.metric_dense,
             tokenizer=tokenizer,
         )
+
+
+def _seed(seed: int, position: int) -> int:
+    """The seed of the round at `position`."""
+    return (seed * 1009 + position) % 2**20
+
+
+def _refuse(model: nn.Module) -> None:
+    """ValueError for a model that is no start for pruning."""
+    refuse_accelerated(model, "prune the original and accelerate the result")
+    named = dict(model.named_parameters())
+    if not named:
+        raise ValueError(f"model: expected parameters, got {type(model).__name__} without any")
+    for name, parameter in named.items():
+        if nn.parameter.is_lazy(parameter) or parameter.is_meta:
+            raise ValueError(f"model: expected weights, got {name} without any yet")
+        if not bool(parameter.isfinite().all()):
+            raise ValueError(f"model: expected finite weights, got NaN or infinity in {name}")
 
 
 def _gone(groups: Sequence[Groups], keep: Sequence[Tensor]) -> dict[str, int]:

@@ -43,6 +43,8 @@ class Recovery(Protocol):
 class Finetune:
     """Fine-tuning by `training.loop.train`, with distillation from the dense model if asked.
 
+    Frozen weights (requires_grad False) stay as they are; a model that has no others is refused.
+
     Args:
         steps: for one target, shared by its rounds, so that schedules compare at equal cost. The
             learning rate starts anew in each round.

@@ -241,6 +241,8 @@ class _Choice:
                 own = own[bundles.key[own].argsort(stable=True, descending=True)]
                 if bundles.nested[i] or not any(part.name in tiled for part in each.parts):
                     own = self._fitting(dropped, own)
+                elif not slack:
+                    continue
                 else:
                     begin = int(torch.searchsorted(bundles.owner, i))
                     gains = self.ledger.gains(keep, i)[bundles.order[i][own - begin]]
