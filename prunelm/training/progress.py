@@ -14,7 +14,8 @@ def progress(
         describe: what the bar or line is called; "" shows nothing.
         done: steps done before.
 
-    A record holds "step" and "seconds", and now and then "loss", "validation" and "lr".
+    A record holds "step" and "seconds", now and then "loss", "validation" and "lr", and
+    "validating" while the step's validation is under way.
     """
     if not describe:
         yield lambda record: None
@@ -51,6 +52,8 @@ def progress(
 
         def bar(record: Mapping[str, float]) -> None:
             text = f"{describe}  {news(record)}" if news(record) else None
+            if "validating" in record:
+                text = f"{describe}  {news(record)}  validating"
             progress.update(task, completed=int(record["step"]), description=text)
 
         yield bar
