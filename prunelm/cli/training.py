@@ -13,7 +13,7 @@ from prunelm.cli.numbers import above_zero, at_least, fraction
 from prunelm.cli.pruning import set_threads
 from prunelm.data.files import require_file
 from prunelm.data.manifest import Utterance
-from prunelm.data.runs import digest_of, file_fact, prepared, refuse_other_run, work_folder
+from prunelm.data.runs import file_fact, prepared, refuse_other_run, work_folder
 from prunelm.data.speech import hold_out_speakers, load_corpus
 from prunelm.data.speech_batches import Augmentation, SpeechBatches
 from prunelm.data.text import TokenBatches, read_lines
@@ -23,9 +23,9 @@ from prunelm.metrics.perplexity import perplexity
 from prunelm.metrics.wer import word_error_rate
 from prunelm.models.lm import LayerSizes, LMConfig, TransformerLM
 from prunelm.models.transducer import Transducer, TransducerConfig
-from prunelm.study.testbed import token_ids
+from prunelm.study.testbed import speech_digest, token_ids
 from prunelm.training.checkpoint import copy_weights, load_model, read_info, untied_weights
-from prunelm.training.loop import TrainOptions, train
+from prunelm.training.loop import TRAINED_FILES, TrainOptions, train
 from prunelm.training.recogniser import TransducerLoss
 
 LM_OPTIONS = TrainOptions(steps=5000, lr=1e-3, validate_every=500, checkpoint_every=500)
@@ -101,7 +101,7 @@ def train_lm(
             "length": length,
             **vocabulary_facts(tokenizer, vocab_size, units),
         }
-        refuse_other_run(out, facts)
+        refuse_other_run(out, facts, makes=TRAINED_FILES)
         work = work_folder(out)
         pieces = chosen_tokenizer(lambda: read_lines(text), work, tokenizer, vocab_size, units)
         torch.manual_seed(options.seed)
@@ -219,7 +219,7 @@ def train_recogniser(
             "init": read_info(init)["weights"] if init is not None else None,
             **vocabulary_facts(tokenizer, vocab_size, units),
         }
-        refuse_other_run(out, facts)
+        refuse_other_run(out, facts, makes=TRAINED_FILES)
         pieces = chosen_tokenizer(lambda: texts, work_folder(out), tokenizer, vocab_size, units)
         config = TransducerConfig(
             vocab_size=pieces.vocab_size, layers=(LayerSizes(heads, ff),) * layers, dim=dim,
@@ -254,11 +254,9 @@ def train_recogniser(
 
 
 def corpus_fact(corpus: Path, utterances: Sequence[Utterance]) -> dict[str, str]:
-    """Utterances as a fact: what the corpus says of them, and their recordings' sizes."""
-    rows = [
-        [u.id, u.text, u.seconds, u.speaker, u.audio_path.stat().st_size] for u in utterances
-    ]  # fmt: skip
-    return {"digest": digest_of(rows), "name": f"{corpus.name}, {len(utterances)} utterances"}
+    """Utterances as a fact, see `speech_digest`."""
+    name = f"{corpus.name}, {len(utterances)} utterances"
+    return {"digest": speech_digest(utterances), "name": name}
 
 
 def vocabulary_facts(

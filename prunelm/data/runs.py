@@ -24,6 +24,7 @@ RUN = "run.json"
 WORK = ".prunelm-work"
 FORMAT = 1
 _MARK = "made-by-prunelm"
+_DONE = ".prunelm-done"  # a working folder on its way out
 _LOG = logging.getLogger(__name__)
 _held = threading.local()  # .folders: what this thread holds, so that a run may hold again
 
@@ -60,6 +61,8 @@ def hold(folder: Path | str) -> Iterator[None]:
             pass
         holding.add(key)
         sweep(folder, depth=2)
+        if (folder / _DONE / _MARK).is_file() and not (folder / _DONE).is_symlink():
+            shutil.rmtree(folder / _DONE, ignore_errors=True)
         yield
     finally:
         holding.discard(key)
@@ -114,15 +117,13 @@ def work_folder(out: Path | str) -> Path:
 
 
 def remove_work(out: Path | str) -> None:
-    """Removes what `work_folder` made."""
-    work = Path(out) / WORK
-    if (work / _MARK).is_file() and not work.is_symlink():
-        for each in work.iterdir():  # the mark last, so that what a kill leaves is still ours
-            if each.is_dir() and not each.is_symlink():
-                shutil.rmtree(each, ignore_errors=True)
-            elif each.name != _MARK:
-                each.unlink(missing_ok=True)
-        shutil.rmtree(work, ignore_errors=True)
+    """Removes what `work_folder` made, at once for whoever looks for it."""
+    work, done = Path(out) / WORK, Path(out) / _DONE
+    for each in (done, work):
+        if (each / _MARK).is_file() and not each.is_symlink():
+            if each == work:
+                each.rename(done)
+            shutil.rmtree(done, ignore_errors=True)
 
 
 def claim(
@@ -154,21 +155,25 @@ def claim(
                     folder, name, found["noted"][name], value,
                 )  # fmt: skip
         return
+    refuse_other_run(folder, {}, makes=makes)
+    with replace_file(path) as temporary:
+        values = {"format": FORMAT, "program": "prunelm", "facts": wanted, "noted": noted}
+        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def refuse_other_run(
+    folder: Path | str, facts: Mapping[str, Any], *, makes: Sequence[str] = ()
+) -> None:
+    """As `claim`, with those facts that are known before any work; nothing is written."""
+    if (Path(folder) / RUN).is_file():
+        _compare(folder, json.loads(json.dumps(facts)), read_run(folder)["facts"], list(facts))
+        return
     for name in makes:
         if (Path(folder) / name).exists():
             raise ValueError(
                 f"{folder}: expected a folder without {name}, or an earlier run's ({RUN}), got the "
                 "file of something else; choose another folder"
             )
-    with replace_file(path) as temporary:
-        values = {"format": FORMAT, "program": "prunelm", "facts": wanted, "noted": noted}
-        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-
-
-def refuse_other_run(folder: Path | str, facts: Mapping[str, Any]) -> None:
-    """As `claim`, with those facts that are known before any work; nothing is written."""
-    if (Path(folder) / RUN).is_file():
-        _compare(folder, json.loads(json.dumps(facts)), read_run(folder)["facts"], list(facts))
 
 
 def read_run(folder: Path | str) -> dict[str, Any]:

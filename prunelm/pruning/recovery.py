@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from prunelm.pruning.calibration import Calibration, is_main_process, wait_for_all
+from prunelm.training.progress import Watch
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Wound:
         seed: of this round.
         dense: the model as it was before the first round, in eval mode.
         folder: for the recovery's own checkpoints, or None.
+        watch: is told of each step, or None.
     """
 
     round: int
@@ -29,6 +31,7 @@ class Wound:
     seed: int
     dense: nn.Module
     folder: Path | None = None
+    watch: Watch | None = None
 
 
 class Recovery(Protocol):
@@ -110,6 +113,12 @@ class Finetune:
             checkpoint_every=200 if wound.folder is not None else 0,
         )
 
+        watch = wound.watch
+
+        def told(record: Mapping[str, float]) -> None:
+            if watch is not None:
+                watch("recovery", int(record["step"]), steps)
+
         loss = evidence.loss
         if self.distill:
             from prunelm.training.distill import distilled_from
@@ -122,6 +131,7 @@ class Finetune:
             options,
             folder=wound.folder,
             masks=masks,
+            told=told,
         )
         return steps
 

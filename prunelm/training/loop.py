@@ -39,6 +39,7 @@ from prunelm.training.progress import progress
 from prunelm.training.unwrapping import is_compiled, unwrapped
 
 Batch = TypeVar("Batch")
+TRAINED_FILES = ("training.pt", "log.jsonl", *MODEL_FILES)
 
 
 def train(
@@ -97,7 +98,7 @@ def train(
             own = run_facts(model, loss, options, masks or {}, validate is not None, world)
             if tokenizer is not None:
                 own["tokenizer"] = tokenizer.fingerprint
-            makes = ("training.pt", "log.jsonl", *(MODEL_FILES if tokenizer is not None else ()))
+            makes = TRAINED_FILES if tokenizer is not None else TRAINED_FILES[:2]
             claim(place, {**own, **(facts or {})}, noted=last_bits(run.device), makes=makes)
         if world > 1:
             dist.barrier()
