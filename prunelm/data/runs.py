@@ -84,16 +84,17 @@ def prepared(out: Path | str, *, main: bool = True) -> Iterator[None]:
         yield
         return
     made = [each for each in (out, *out.parents) if not each.exists()]
-    before = {name for name in (RUN, WORK, "log.jsonl") if (out / name).exists()}
+    records = (RUN, "study.json", "decoding.json", "log.jsonl")
+    before = {name for name in (WORK, *records) if (out / name).exists()}
     progress = _progress(out)
     with hold(out):
         try:
             yield
         except (ValueError, OSError):
-            if RUN not in before and _progress(out) <= progress:
+            if _progress(out) <= progress:
                 if WORK not in before:
                     remove_work(out)
-                for name in {RUN, "log.jsonl"} - before:
+                for name in {*records} - before:
                     (out / name).unlink(missing_ok=True)
                 for folder in made:
                     if not _is_removed_if_empty(folder):
@@ -168,11 +169,16 @@ def refuse_other_run(
     if (Path(folder) / RUN).is_file():
         _compare(folder, json.loads(json.dumps(facts)), read_run(folder)["facts"], list(facts))
         return
+    refuse_foreign(folder, makes, RUN)
+
+
+def refuse_foreign(folder: Path | str, makes: Sequence[str], record: str) -> None:
+    """ValueError where results lie in a folder without the record of the run that made them."""
     for name in makes:
         if (Path(folder) / name).exists():
             raise ValueError(
-                f"{folder}: expected a folder without {name}, or an earlier run's ({RUN}), got the "
-                "file of something else; choose another folder"
+                f"{folder}: expected a folder without {name}, or an earlier run's ({record}), got "
+                f"the {name} of something else; choose another folder"
             )
 
 

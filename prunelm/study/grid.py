@@ -196,12 +196,25 @@ class _Work:
         if not missing:
             return
         started = time.perf_counter()
-        self.doing(f"{chain.series}: pruning to {', '.join(chain.targets)}")
+        name = f"{chain.series}: pruning to {', '.join(chain.targets)}"
+        self.doing(name)
+        done = 0
+
+        def finished(result: Result) -> None:
+            """Measures a size at once, so that it stands whatever comes of the next."""
+            nonlocal started, done
+            seconds, target = time.perf_counter() - started, chain.targets[done]
+            if target in missing:
+                self.cell(chain, target, result, seconds)
+            done += 1
+            started = time.perf_counter()
+
         folder = work_folder(self.folder) / chain.key("-".join(chain.targets))
         try:
-            results = chain.pruner.ladder(
+            chain.pruner.ladder(
                 self.bed.lm.model, list(chain.targets), self.data(chain.pruner.seed),
-                tokenizer=self.bed.tokenizer, folder=folder,
+                folder=folder, finished=finished,
+                watch=lambda what, step, of: self.doing(f"{name}, {what} {step}/{of}"),
             )  # fmt: skip
         except ValueError as error:
             if not str(error).startswith("target: expected at least"):
@@ -209,10 +222,6 @@ class _Work:
             self.done += len(missing)
             self.progress.say(f"{chain.series}: left out, {error}")
             return
-        seconds = (time.perf_counter() - started) / len(chain.targets)
-        for target, result in zip(chain.targets, results, strict=True):
-            if target in missing:
-                self.cell(chain, target, result, seconds)
         shutil.rmtree(folder, ignore_errors=True)
 
     def cell(self, chain: Chain, target: str, result: Result, seconds: float) -> None:
