@@ -1,5 +1,6 @@
 """Heals a model after a round. A recovery is any callable, see `Recovery`."""
 
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -74,6 +75,12 @@ class Finetune:
             raise ValueError(f"steps: expected at least 0, got {self.steps}")
         if not self.lr > 0:
             raise ValueError(f"lr: expected more than 0, got {self.lr}")
+        for name in ("lr", "temperature", "weight_decay"):
+            if math.isinf(getattr(self, name)):
+                got = getattr(self, name)
+                raise ValueError(f"{name}: expected a finite number, got {got}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay: expected 0 or more, got {self.weight_decay}")
         if not 0.0 <= self.distill <= 1.0:
             raise ValueError(f"distill: expected a fraction in [0, 1], got {self.distill}")
         if not self.temperature > 0:
