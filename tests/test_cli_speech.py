@@ -10,6 +10,7 @@ import soundfile
 import torch
 from speech_bed import write_bed
 
+import prunelm
 from prunelm.cli import main, speech
 from prunelm.models.lm import LayerSizes, LMConfig, TransformerLM
 from prunelm.nn import BlockSparseLinear
@@ -220,3 +221,26 @@ def test_unknown_characters_are_told_and_normalised_on_request(
     caplog.clear()
     assert run(capsys, "evaluate", "--lm", "lm", "--text", "raw.txt", "--normalise")[0] == clean
     assert not caplog.records
+
+
+def test_pruned_models_inherit_what_was_chosen(
+    bed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, "tune", "recogniser", ".", "--lm", "lm")
+    path = bed / "lm" / "decoding.json"
+    values = json.loads(path.read_text())
+    values["chosen"][0] |= {"lm_weight": 0.7, "token_reward": 2.5}
+    path.write_text(json.dumps(values))
+    run(capsys, "prune", "lm", "80%,60%", "small", "--criterion", "Magnitude")
+    run(capsys, "prune", "small/60pc", "90%", "smaller", "--criterion", "Magnitude")
+    for folder in ("small/80pc", "small/60pc", "smaller"):
+        assert json.loads(Path(folder, "decoding.json").read_text()) == values
+        _, err = run(capsys, "decode", "recogniser", "test0.wav", "--lm", folder)
+        assert "LM weight 0.7, token reward 2.5 (" in err and "with the LM before pruning" in err
+    lm = prunelm.load_lm("lm", accelerated=False)
+    result = prunelm.Pruner(prunelm.Neurons(), prunelm.Magnitude()).run(lm, "80%")
+    result.save("by-hand")
+    assert prunelm.load_lm("by-hand").chosen == lm.chosen
+    assert prunelm.load_lm("by-hand").tokenizer.fingerprint == lm.tokenizer.fingerprint
+    with pytest.raises(ValueError, match="accelerated"):
+        prunelm.Pruner(prunelm.Neurons(), prunelm.Magnitude()).run(prunelm.load_lm("lm"), "80%")

@@ -32,6 +32,7 @@ from prunelm.training.pretrained import (
     load_lm,
     load_recogniser,
 )
+from prunelm.training.progress import stages
 
 Kind = Literal["manifest", "librispeech", "an4", "ljspeech"]
 Auto = float | Literal["auto"]
@@ -239,7 +240,12 @@ def _options(
 
 def _predict(lm: LoadedLM, text: Path, normalise: bool) -> dict[str, Any]:
     plain = load_lm(lm.folder, accelerated=False).model
-    found = perplexity(lm.model, known_lines(text, lm.tokenizer, normalise), lm.tokenizer)
+    lines = known_lines(text, lm.tokenizer, normalise)
+    with stages() as watch:
+        found = perplexity(
+            lm.model, lines, lm.tokenizer,
+            progress=lambda done, of: watch(f"perplexity of {text.name}", done, of),
+        )  # fmt: skip
     size = count_parameters(plain, read_masks(lm.folder / "masks.safetensors", plain))
     flops = flops_per_token(plain, 32, zeros=False)
     print(f"parameters           {size:,}")

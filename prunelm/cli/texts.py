@@ -14,11 +14,15 @@ def known_lines(path: Path, tokenizer: Tokenizer, normalised: bool) -> list[str]
     Args:
         normalised: whether lines are written as a recogniser writes them.
     """
-    lines = read_lines(path)
-    if normalised:
-        lines = [normalise(line) for line in lines]
+    lines = written_lines(path, normalised)
     warn_of_unknown(lines, tokenizer, path, normalised)
     return lines
+
+
+def written_lines(path: Path, normalised: bool) -> list[str]:
+    """Lines of a text, as they are or as a recogniser writes them."""
+    lines = read_lines(path)
+    return [normalise(line) for line in lines] if normalised else lines
 
 
 def warn_of_unknown(lines: list[str], tokenizer: Tokenizer, path: Path, normalised: bool) -> None:
