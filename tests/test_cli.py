@@ -196,7 +196,7 @@ def test_plan_prune_evaluate(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     said = capsys.readouterr().out
     assert "Neurons(multiple_of=4" in said and "Finetune(steps=3" in said
     assert sorted(path.name for path in out.iterdir()) == [
-        "model.json", "model.safetensors", "tokenizer.model"
+        "model.json", "model.safetensors", "run.json", "tokenizer.model"
     ]  # fmt: skip
     dense, pruned = load_model("lm")[0], load_model(out)[0]
     count = sum(p.numel() for p in pruned.parameters())

@@ -101,7 +101,7 @@ def test_models_lie_beside_their_rows(demo_folder: Path, bed_folder: Path) -> No
     assert rows["LowRank, 60%"].perplexity == pytest.approx(expected)
     heard = read_transcripts(demo_folder / "transcripts" / "lowrank-60pc-seed0.tsv")
     assert sorted(heard) == [f"test-{i}" for i in range(5)]
-    assert not (demo_folder / "work").exists()
+    assert not (demo_folder / ".prunelm-work").exists()
     assert (demo_folder / "report.html").stat().st_size > 10_000
 
 

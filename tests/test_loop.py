@@ -270,7 +270,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, bad: float) -> 
     with pytest.raises(ValueError, match=message):
         train(model, batches, breaking, OPTIONS, folder=tmp_path)
     assert torch.load(tmp_path / "training.pt", weights_only=True)["step"] == 10
-    assert sorted(x.name for x in tmp_path.iterdir()) == ["log.jsonl", "training.pt"]
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["log.jsonl", "run.json", "training.pt"]
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
@@ -290,7 +290,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run() -> None:
 def test_a_folder_of_other_options_is_refused(tmp_path: Path) -> None:
     train(fresh(), batches, loss, OPTIONS, folder=tmp_path)
     other = TrainOptions(**{**OPTIONS.__dict__, "lr": 1e-3})
-    with pytest.raises(ValueError, match=r"training.pt: expected a run with lr = 0.001, got 0.003"):
+    with pytest.raises(ValueError, match=": expected a run with lr 0.001, got 0.003; choose"):
         train(fresh(), batches, loss, other, folder=tmp_path)
     calmer = TrainOptions(**{**OPTIONS.__dict__, "log_every": 10})
     train(fresh(), batches, loss, calmer, folder=tmp_path)

@@ -181,14 +181,14 @@ def test_resuming_inside_fine_tuning_is_bit_equal(
 def test_a_folder_of_another_run_is_refused_by_key(tmp_path: Path) -> None:
     work = pruner(Neurons(), recovery=None)
     work.run(lm(), "80%", data, folder=tmp_path)
-    with pytest.raises(ValueError, match=r"run\.json: expected a run with targets = .*, got"):
+    with pytest.raises(ValueError, match=r": expected a run with targets \[.*\], got \["):
         work.run(lm(), "70%", data, folder=tmp_path)
-    with pytest.raises(ValueError, match=r"expected a run with criterion = Magnitude\(p=2.0\)"):
+    with pytest.raises(ValueError, match=r"expected a run with criterion Magnitude\(p=2.0\)"):
         replace(work, criterion=Magnitude()).run(lm(), "80%", data, folder=tmp_path)
     other = lm()
     with torch.no_grad():
         other.norm.bias[0] = 1.0
-    with pytest.raises(ValueError, match="expected a run with model = "):
+    with pytest.raises(ValueError, match="expected a run with model "):
         work.run(other, "80%", data, folder=tmp_path)
     weights = next(tmp_path.glob("round-*/weights.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-10])

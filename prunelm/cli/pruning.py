@@ -2,10 +2,8 @@
 
 import functools
 import operator
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +11,18 @@ import torch
 from torch import nn
 
 from prunelm.cli.arguments import Sizes
+from prunelm.cli.numbers import at_least, seed_of
+from prunelm.data.files import require_file
+from prunelm.data.runs import (
+    RUN,
+    WORK,
+    claim,
+    file_fact,
+    prepared,
+    refuse_other_run,
+    remove_work,
+    work_folder,
+)
 from prunelm.data.text import TokenBatches, read_lines
 from prunelm.data.tokenizer import Tokenizer
 from prunelm.metrics.perplexity import perplexity
@@ -33,9 +43,11 @@ from prunelm.pruning import (
 )
 from prunelm.pruning import groups as protocols
 from prunelm.pruning.recovery import Recovery
-from prunelm.pruning.result import read_masks
+from prunelm.pruning.result import Result, load_result, read_masks
 from prunelm.study.testbed import text_batches
-from prunelm.training.checkpoint import load_model
+from prunelm.training.checkpoint import MODEL_FILES, load_model
+from prunelm.training.facts import masks_digest
+from prunelm.training.progress import Watch, stages
 
 AMethod = Heads | Neurons | Blocks | LowRank | Elements | protocols.Method
 ACriterion = Taylor | Magnitude | Random | protocols.Criterion
@@ -69,7 +81,8 @@ def prune(
         model: folder of a language model.
         target: "5M" or a number of parameters, "40%" of the present size; several, falling and
             with commas between them, are made in one run, each in a folder of its own.
-        out: folder for the result.
+        out: folder for the result; a stopped run goes on in it, and any other change than of
+            threads is refused. Sizes that are finished stand, whatever ends the run.
         text: lines that the model knows, for criteria that look at data and for recovery.
         valid: lines to report the perplexity of, before and after.
         method: what can go; several share one budget, as in 'Heads|Neurons'.
@@ -82,27 +95,58 @@ def prune(
         fp16: store the weights as float16.
         threads: of torch; by default its own choice.
     """
+    at_least(1, {"batch": batch, "length": length, "threads": threads})
+    seed_of(seed)
     set_threads(threads)
     targets = [part.strip() for part in target.split(",") if part.strip()]
+    places = _places(out, targets)
     if out.resolve() == model.resolve():
         raise ValueError(f"out: expected a folder other than the model's, got {out}")
     if text is None and (criterion.batches or recovery is not None):
         who = recovery if recovery is not None else criterion
         raise ValueError(f"text: expected lines, which {type(who).__name__} needs, got none")
-    dense, tokenizer, _ = load_model(model)
+    for name, path in (("text", text), ("valid", valid)):
+        if path is not None:
+            require_file(name, path)
+    dense, tokenizer, info = load_model(model)
+    masks = read_masks(model / "masks.safetensors", dense)
     pruner = Pruner(joined(method), criterion, schedule, recovery, seed)
-    with tempfile.TemporaryDirectory() as folder, nothing_left(out):
-        data = _batches(text, dense, tokenizer, folder, batch, length, seed)
-        results = pruner.ladder(
-            dense, targets, data, validate=_validation(valid, dense, tokenizer),
-            tokenizer=tokenizer, masks=read_masks(model / "masks.safetensors", dense),
-            folder=out / "work",
-        )  # fmt: skip
-    for name, result in zip(targets, results, strict=True):
-        to = out if len(targets) == 1 else out / name.replace("%", "pc").replace(" ", "")
-        result.save(to, tokenizer, dtype=torch.float16 if fp16 else None)
+    facts = {
+        "kind": "prune",
+        "text": file_fact(text) if text is not None else None,
+        "valid": file_fact(valid) if valid is not None else None,
+        "batch": batch if text is not None else None,
+        "length": length if text is not None else None,
+        "tokenizer": tokenizer.fingerprint,
+    }
+    whole = {
+        **pruner.settings(), "target": ", ".join(targets), **facts, "fp16": fp16,
+        "model": info["weights"], "masks": masks_digest(masks),
+    }  # fmt: skip
+    results: list[Result] = []
+    with stages() as watch, prepared(out):
+        refuse_other_run(out, whole)
+        for to in places:
+            refuse_other_run(to, {}, makes=() if (out / RUN).is_file() else MODEL_FILES)
+        if _is_finished(out, places):
+            results = [load_result(to) for to in places]
+        else:
+            claim(out, whole)
+            work = work_folder(out)
+            data = _batches(text, dense, tokenizer, work, batch, length, seed)
+
+            def save(result: Result) -> None:
+                to = places[len(results)]
+                result.save(to, tokenizer, dtype=torch.float16 if fp16 else None)
+                results.append(result)
+
+            pruner.ladder(
+                dense, targets, data, validate=_validation(valid, dense, tokenizer, watch),
+                masks=masks, folder=work, facts=facts, watch=watch, finished=save,
+            )  # fmt: skip
+            remove_work(out)
+    for to, result in zip(places, results, strict=True):
         print(f"{to}\n{result.report()}\n")
-    shutil.rmtree(out / "work", ignore_errors=True)
 
 
 def plan(
@@ -125,11 +169,14 @@ def plan(
         batch: rows of tokens in a batch of text.
         length: tokens in a row.
     """
+    at_least(1, {"batch": batch, "length": length})
     dense, tokenizer, _ = load_model(model)
     masks = read_masks(model / "masks.safetensors", dense)
-    with tempfile.TemporaryDirectory() as folder:
-        data = _batches(text, dense, tokenizer, folder, batch, length, 0)
-        planned = Pruner(joined(method), criterion).plan(dense, target, data, masks=masks)
+    with tempfile.TemporaryDirectory() as folder, stages() as watch:
+        data = _batches(text, dense, tokenizer, Path(folder), batch, length, 0)
+        planned = Pruner(joined(method), criterion).plan(
+            dense, target, data, masks=masks, watch=watch
+        )
     if not planned.reachable:
         raise ValueError(planned.advice)
     print(planned)
@@ -142,16 +189,25 @@ def joined(methods: list[Any]) -> protocols.Method:
     return cast(protocols.Method, functools.reduce(operator.or_, methods))
 
 
-@contextmanager
-def nothing_left(out: Path) -> Iterator[None]:
-    """Removes a folder that the block made and then refused to fill; a stopped run's stays."""
-    there = out.exists()
-    try:
-        yield
-    except (ValueError, OSError):
-        if not there:
-            shutil.rmtree(out, ignore_errors=True)
-        raise
+def _places(out: Path, targets: Sequence[str]) -> list[Path]:
+    """Where the result of each target goes."""
+    if len(targets) == 1:
+        return [out]
+    places = [out / name.replace("%", "pc").replace(" ", "") for name in targets]
+    for i, place in enumerate(places):
+        if place in places[:i]:
+            same = targets[places.index(place)]
+            raise ValueError(
+                f"target: expected sizes with a folder each, got {same} and {targets[i]} for "
+                f"{place.name}"
+            )
+    return places
+
+
+def _is_finished(out: Path, places: Sequence[Path]) -> bool:
+    """Whether an earlier call has made every result."""
+    done = all((place / "model.json").is_file() for place in places)
+    return done and (out / RUN).is_file() and not (out / WORK).exists()
 
 
 def set_threads(threads: int | None) -> None:
@@ -166,7 +222,7 @@ def _batches(
     text: Path | None,
     model: nn.Module,
     tokenizer: Tokenizer,
-    folder: str,
+    folder: Path,
     batch: int,
     length: int,
     seed: int,
@@ -178,13 +234,17 @@ def _batches(
 
 
 def _validation(
-    valid: Path | None, model: nn.Module, tokenizer: Tokenizer
+    valid: Path | None, model: nn.Module, tokenizer: Tokenizer, watch: Watch
 ) -> Callable[[nn.Module], float] | None:
     if valid is None:
         return None
     _insist_on_lm("valid", model)
     lines = read_lines(valid)
-    return lambda pruned: perplexity(pruned, lines, tokenizer).per_word
+
+    def progress(done: int, of: int) -> None:
+        watch("perplexity of valid", done, of)
+
+    return lambda pruned: perplexity(pruned, lines, tokenizer, progress=progress).per_word
 
 
 def _insist_on_lm(name: str, model: nn.Module) -> None:

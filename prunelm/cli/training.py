@@ -2,13 +2,18 @@
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from prunelm.cli.numbers import above_zero, at_least, fraction
 from prunelm.cli.pruning import set_threads
+from prunelm.data.files import require_file
+from prunelm.data.manifest import Utterance
+from prunelm.data.runs import file_fact, prepared, refuse_other_run, work_folder
 from prunelm.data.speech import hold_out_speakers, load_corpus
 from prunelm.data.speech_batches import Augmentation, SpeechBatches
 from prunelm.data.text import TokenBatches, read_lines
@@ -18,9 +23,9 @@ from prunelm.metrics.perplexity import perplexity
 from prunelm.metrics.wer import word_error_rate
 from prunelm.models.lm import LayerSizes, LMConfig, TransformerLM
 from prunelm.models.transducer import Transducer, TransducerConfig
-from prunelm.study.testbed import token_ids
-from prunelm.training.checkpoint import copy_weights, load_model, untied_weights
-from prunelm.training.loop import TrainOptions, train
+from prunelm.study.testbed import speech_digest, token_ids
+from prunelm.training.checkpoint import copy_weights, load_model, read_info, untied_weights
+from prunelm.training.loop import TRAINED_FILES, TrainOptions, train
 from prunelm.training.recogniser import TransducerLoss
 
 LM_OPTIONS = TrainOptions(steps=5000, lr=1e-3, validate_every=500, checkpoint_every=500)
@@ -29,6 +34,7 @@ RECOGNISER_OPTIONS = TrainOptions(
     average=0.998, validate_every=500, checkpoint_every=250,
 )  # fmt: skip
 AUGMENTATION = Augmentation(begin=500)
+LEAST_VOCABULARY = 4  # <s>, <unk>, the space and a character
 
 
 def train_lm(
@@ -54,7 +60,8 @@ def train_lm(
 
     Args:
         text: one sentence a line, plain or .gz.
-        out: folder for the model; a stopped run goes on in it.
+        out: folder for the model; a stopped run goes on in it, more steps extend it, and any other
+            change is refused.
         valid: lines to choose the best weights by.
         tokenizer: a tokenizer.model, such as a recogniser's, whose tokens fusion needs; by
             default one is made from the text.
@@ -72,33 +79,59 @@ def train_lm(
         options: how long and how fast.
         threads: of torch; by default its own choice.
     """
+    at_least(1, {
+        "layers": layers, "dim": dim, "heads": heads, "head_dim": head_dim, "ff": ff,
+        "batch": batch, "length": length, "threads": threads,
+    })  # fmt: skip
+    at_least(LEAST_VOCABULARY, {"vocab_size": vocab_size})
+    fraction({"dropout": dropout})
+    if head_dim is not None and head_dim % 2:
+        raise ValueError(f"head_dim: expected an even number, got {head_dim}")
     set_threads(threads)
-    pieces = chosen_tokenizer(lambda: read_lines(text), out, tokenizer, vocab_size, units)
-    torch.manual_seed(options.seed)
-    start = LMConfig.preset(preset, pieces.vocab_size)
-    size = LayerSizes(heads or start.layers[0].heads, ff or start.layers[0].ff)
-    config = LMConfig(
-        pieces.vocab_size, dim or start.dim, head_dim or start.head_dim,
-        (size,) * (layers or len(start.layers)), dropout,
-    )  # fmt: skip
-    model = TransformerLM(config)
-    path = token_ids(text, pieces, out / "work")
+    for name, path in (("text", text), ("valid", valid)):
+        if path is not None:
+            require_file(name, path)
     rank, world = place()
-    batches = TokenBatches(path, pieces, batch, length, options.seed, rank, world)
-    lines = read_lines(valid) if valid is not None else []
-    history = train(
-        model,
-        batches,
-        lambda lm, rows: lm.loss(rows),  # type: ignore[operator]
-        options,
-        folder=out,
-        validate=(lambda lm: perplexity(lm, lines, pieces).per_word) if lines else None,
-        tokenizer=pieces,
-        describe=f"{config.parameter_count:,} parameters",
-    )
+    with prepared(out, main=rank == 0):
+        facts = {
+            "kind": "train lm",
+            "text": file_fact(text),
+            "valid": file_fact(valid) if valid is not None else None,
+            "batch": batch,
+            "length": length,
+            **vocabulary_facts(tokenizer, vocab_size, units),
+        }
+        refuse_other_run(out, facts, makes=TRAINED_FILES)
+        work = work_folder(out)
+        pieces = chosen_tokenizer(lambda: read_lines(text), work, tokenizer, vocab_size, units)
+        torch.manual_seed(options.seed)
+        start = LMConfig.preset(preset, pieces.vocab_size)
+        size = LayerSizes(heads or start.layers[0].heads, ff or start.layers[0].ff)
+        config = LMConfig(
+            pieces.vocab_size, dim or start.dim, head_dim or start.head_dim,
+            (size,) * (layers or len(start.layers)), dropout,
+        )  # fmt: skip
+        model = TransformerLM(config)
+        ids = token_ids(text, pieces, work)
+        batches = TokenBatches(ids, pieces, batch, length, options.seed, rank, world)
+        lines = read_lines(valid) if valid is not None else []
+        history = train(
+            model, batches, lm_loss, options,
+            folder=out,
+            validate=(lambda lm: perplexity(lm, lines, pieces).per_word) if lines else None,
+            tokenizer=pieces,
+            facts=facts,
+            describe=f"{config.parameter_count:,} parameters",
+        )  # fmt: skip
     if rank == 0:
         best = f", best perplexity per word {history.best:.2f}" if lines else ""
         print(f"{out}: {options.steps} steps in {history.seconds:.0f} s{best}")
+
+
+def lm_loss(model: nn.Module, rows: Tensor) -> Tensor:
+    """The language model's own loss on rows of tokens."""
+    value: Tensor = model.loss(rows)  # type: ignore[operator]
+    return value
 
 
 def train_recogniser(
@@ -128,7 +161,8 @@ def train_recogniser(
 
     Args:
         corpus: the corpus's own folder, or a manifest.
-        out: folder for the model; a stopped run goes on in it.
+        out: folder for the model; a stopped run goes on in it, more steps extend it, and any other
+            change is refused.
         kind: the corpus's layout.
         split: to train on.
         valid_split: to choose the best weights by, with greedy search; none by default.
@@ -150,46 +184,87 @@ def train_recogniser(
         options: how long and how fast.
         threads: of torch; by default its own choice.
     """
+    at_least(1, {"layers": layers, "dim": dim, "heads": heads, "ff": ff, "threads": threads})
+    at_least(LEAST_VOCABULARY, {"vocab_size": vocab_size})
+    at_least(0, {"ctc_first": ctc_first, "hold_out": hold_out})
+    above_zero({"seconds": seconds})
+    fraction({"dropout": dropout})
+    if dim % heads or dim // heads % 2:
+        raise ValueError(
+            f"heads: expected a divisor of the width {dim} that leaves each head an even width, "
+            f"got {heads}"
+        )
+    rank, world = place()
+    count = options.steps * options.accumulate * world
+    if 0 < count <= ctc_first:
+        raise ValueError(
+            f"ctc_first: expected fewer than the run's {count} batches, got {ctc_first}: the "
+            "transducer would stay untrained; raise options.steps or lower ctc_first"
+        )
     set_threads(threads)
+    if hold_out and valid_split:
+        raise ValueError("hold_out: expected 0 beside a valid_split, got both")
     utterances = load_corpus(kind, corpus, split)
     valid = load_corpus(kind, corpus, valid_split) if valid_split else []
     if hold_out:
-        if valid:
-            raise ValueError("hold_out: expected 0 beside a valid_split, got both")
         utterances, valid = hold_out_speakers(utterances, hold_out)
     texts = [utterance.text for utterance in utterances]
-    pieces = chosen_tokenizer(lambda: texts, out, tokenizer, vocab_size, units)
-    if dim % heads:
-        raise ValueError(f"heads: expected a divisor of the width {dim}, got {heads}")
-    config = TransducerConfig(
-        vocab_size=pieces.vocab_size, layers=(LayerSizes(heads, ff),) * layers, dim=dim,
-        head_dim=dim // heads, encoder=encoder, dropout=dropout,
-    )  # fmt: skip
-    torch.manual_seed(options.seed)
-    model = Transducer(config)
-    if init is not None:
-        source, _, _ = load_model(init, kind="transducer", tokenizer=pieces)
-        copy_weights(model, untied_weights(source), f"init {init}")
-    rank, world = place()
-    batches = SpeechBatches(
-        utterances, pieces, seconds=seconds, augmentation=augmentation, seed=options.seed,
-        rank=rank, world=world,
-    )  # fmt: skip
+    with prepared(out, main=rank == 0):
+        facts = {
+            "kind": "train recogniser",
+            "corpus": corpus_fact(corpus, utterances),
+            "valid": corpus_fact(corpus, valid) if valid else None,
+            "seconds": seconds,
+            "augmentation": asdict(augmentation),
+            "init": read_info(init)["weights"] if init is not None else None,
+            **vocabulary_facts(tokenizer, vocab_size, units),
+        }
+        refuse_other_run(out, facts, makes=TRAINED_FILES)
+        pieces = chosen_tokenizer(lambda: texts, work_folder(out), tokenizer, vocab_size, units)
+        config = TransducerConfig(
+            vocab_size=pieces.vocab_size, layers=(LayerSizes(heads, ff),) * layers, dim=dim,
+            head_dim=dim // heads, encoder=encoder, dropout=dropout,
+        )  # fmt: skip
+        torch.manual_seed(options.seed)
+        model = Transducer(config)
+        if init is not None:
+            source, _, _ = load_model(init, kind="transducer", tokenizer=pieces)
+            copy_weights(model, untied_weights(source), f"init {init}")
+        batches = SpeechBatches(
+            utterances, pieces, seconds=seconds, augmentation=augmentation, seed=options.seed,
+            rank=rank, world=world,
+        )  # fmt: skip
 
-    def greedy_wer(recogniser: nn.Module) -> float:
-        assert isinstance(recogniser, Transducer)
-        found = search(recogniser, encode(recogniser, valid), options=SearchOptions(beam=0))
-        heard = best_words(found, pieces)
-        return word_error_rate([u.text for u in valid], [heard[u.id] for u in valid]).rate
+        def greedy_wer(recogniser: nn.Module) -> float:
+            assert isinstance(recogniser, Transducer)
+            found = search(recogniser, encode(recogniser, valid), options=SearchOptions(beam=0))
+            heard = best_words(found, pieces)
+            return word_error_rate([u.text for u in valid], [heard[u.id] for u in valid]).rate
 
-    history = train(
-        model, batches, TransducerLoss(ctc_first), options,
-        folder=out, validate=greedy_wer if valid else None, tokenizer=pieces,
-        describe=f"{sum(p.numel() for p in model.parameters()):,} parameters",
-    )  # fmt: skip
+        history = train(
+            model, batches, TransducerLoss(ctc_first), options,
+            folder=out, validate=greedy_wer if valid else None, tokenizer=pieces, facts=facts,
+            describe=f"{sum(p.numel() for p in model.parameters()):,} parameters",
+        )  # fmt: skip
     if rank == 0:
         best = f", best WER {100 * history.best:.2f} %" if valid else ""
+        if valid and history.best > 1:
+            best += ": above 100 %, since it inserts words; it needs more steps"
         print(f"{out}: {options.steps} steps in {history.seconds:.0f} s{best}")
+
+
+def corpus_fact(corpus: Path, utterances: Sequence[Utterance]) -> dict[str, str]:
+    """Utterances as a fact, see `speech_digest`."""
+    name = f"{corpus.name}, {len(utterances)} utterances"
+    return {"digest": speech_digest(utterances), "name": name}
+
+
+def vocabulary_facts(
+    tokenizer: Path | None, vocab_size: int, units: Literal["unigram", "char"]
+) -> dict[str, Any]:
+    """How a run comes by its tokenizer, whose fingerprint is a fact of its own."""
+    made = tokenizer is None
+    return {"vocabulary": f"{units}, {vocab_size}" if made else "given"}
 
 
 def place() -> tuple[int, int]:
@@ -199,7 +274,7 @@ def place() -> tuple[int, int]:
 
 def chosen_tokenizer(
     lines: Callable[[], Sequence[str]],
-    out: Path,
+    work: Path,
     tokenizer: Path | None,
     vocab_size: int,
     units: Literal["unigram", "char"],
@@ -207,7 +282,7 @@ def chosen_tokenizer(
     """The tokenizer that was named, that a stopped run left, or a new one of the lines."""
     if tokenizer is not None:
         return Tokenizer.load(tokenizer / "tokenizer.model" if tokenizer.is_dir() else tokenizer)
-    left = out / "work" / "tokenizer.model"
+    left = work / "tokenizer.model"
     if left.is_file():
         return Tokenizer.load(left)
     made = Tokenizer.train(lines(), vocab_size, units)

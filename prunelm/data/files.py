@@ -1,10 +1,14 @@
 """Writes files whole or not at all, and says in one line what is wrong with a file's name."""
 
+import fcntl
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_TEMPORARY = re.compile(r"\.prunelm-[0-9a-f]{8}\..+")
 
 
 @contextmanager
@@ -12,16 +16,73 @@ def replace_file(path: Path | str) -> Iterator[Path]:
     """Yields a temporary path beside `path`, which takes its place when the block succeeds.
 
     Folders are made as needed. When the block raises, `path` stays as it was and nothing is left.
+    What a killed process leaves is removed by `sweep`.
+
+    Raises:
+        OSError: the file cannot be written, such as on a full disk; `filename` is `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not hidden behind another suffix: some writers look at it.
-    temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
+    temporary = path.with_name(f".prunelm-{secrets.token_hex(4)}.{path.name}")
+    handle = -1
     try:
+        # The lock, which ends with the process, tells `sweep` that somebody still writes.
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        _lock(handle)
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename in (None, temporary, str(temporary)) and error.errno is not None:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise
     finally:
+        if handle >= 0:
+            os.close(handle)
         temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path | str, depth: int = 0) -> None:
+    """Removes the temporary files that killed processes left, and nothing else.
+
+    Args:
+        depth: levels of folders below `folder` to look into; links are not followed.
+    """
+    try:
+        entries = list(os.scandir(folder))
+    except OSError:
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            if depth > 0:
+                sweep(entry.path, depth - 1)
+        elif _TEMPORARY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+            _remove_unless_locked(entry.path)
+
+
+def _remove_unless_locked(path: str) -> None:
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        if _lock(handle):
+            os.unlink(path)
+    except OSError:
+        pass  # a file of another user, or gone meanwhile
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    """Whether nobody else holds an open file; where files cannot be locked, nobody does."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def require_file(what: str, path: Path | str) -> Path:

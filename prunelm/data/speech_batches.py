@@ -65,6 +65,11 @@ class Augmentation:
             check_speed(speed)
         if not 0 <= self.warp < 1:
             raise ValueError(f"warp: expected a fraction in [0, 1), got {self.warp}")
+        for name in ("begin", "time_masks", "bin_masks", "bin_width"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        if not 0 <= self.time_share <= 1:
+            raise ValueError(f"time_share: expected a fraction in [0, 1], got {self.time_share}")
 
     def __call__(self, features: Tensor, lengths: Tensor, generator: torch.Generator) -> Tensor:
         """features [B, T, F], lengths [B] -> [B, T, F]."""

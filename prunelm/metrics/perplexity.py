@@ -1,7 +1,7 @@
 """Perplexity of a language model on lines of text, each read on its own."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,7 +54,12 @@ class Perplexity:
 
 
 def perplexity(
-    model: nn.Module, lines: Iterable[str], tokenizer: Encoder, *, batch_tokens: int = 8192
+    model: nn.Module,
+    lines: Iterable[str],
+    tokenizer: Encoder,
+    *,
+    batch_tokens: int = 8192,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """Perplexity of `lines`, which does not depend on `batch_tokens` but for rounding.
 
@@ -64,6 +69,7 @@ def perplexity(
         model: token ids [B, L] int64 to logits [B, L, V]; causal.
         lines: normalised as the model's training text was; lines without a word are left out.
         batch_tokens: most tokens in one forward pass, padding included; a longer line goes alone.
+        progress: called with the tokens read so far and all of them, ends of lines included.
 
     Raises:
         ValueError: the tokenizer is of another size than the model, no line has a word, or the
@@ -76,7 +82,7 @@ def perplexity(
     if size != tokenizer.vocab_size:
         raise ValueError(f"tokenizer: expected the model's {size} ids, got {tokenizer.vocab_size}")
     ids = [tokenizer.encode(line) for _, line in kept]
-    nll = line_nll(model, ids, batch_tokens=batch_tokens)
+    nll = line_nll(model, ids, batch_tokens=batch_tokens, progress=progress)
     finite = nll.isfinite()
     if not bool(finite.all()):
         first = int(finite.int().argmin())
@@ -93,7 +99,13 @@ def perplexity(
     )
 
 
-def line_nll(model: nn.Module, ids: Sequence[Sequence[int]], *, batch_tokens: int = 8192) -> Tensor:
+def line_nll(
+    model: nn.Module,
+    ids: Sequence[Sequence[int]],
+    *,
+    batch_tokens: int = 8192,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
     """-log P(line and its end | its start) of each line, in nats, [lines] float64 on the CPU.
 
     Runs in eval mode without gradients, and leaves the mode as it was. Lines are batched by length.
@@ -109,6 +121,7 @@ def line_nll(model: nn.Module, ids: Sequence[Sequence[int]], *, batch_tokens: in
         raise ValueError(f"batch_tokens: expected at least 1, got {batch_tokens}")
     device = next(model.parameters()).device
     result = torch.zeros(len(ids), dtype=torch.float64)
+    total, done = sum(map(len, ids)) + len(ids), 0
     windows = [window for i, line in enumerate(ids) for window in _windows(i, len(line) + 1)]
     training = model.training
     model.eval()
@@ -117,6 +130,9 @@ def line_nll(model: nn.Module, ids: Sequence[Sequence[int]], *, batch_tokens: in
             for some in _batches(windows, batch_tokens):
                 nll = _window_nll(model, ids, some, device)
                 result.index_add_(0, torch.tensor([window.line for window in some]), nll)
+                done += sum(window.end - window.scored for window in some)
+                if progress is not None:
+                    progress(done, total)
     finally:
         model.train(training)
     return result

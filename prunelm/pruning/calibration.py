@@ -1,6 +1,6 @@
 """What the data say about a model: mean gradients and losses over a fixed list of batches."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from prunelm.training.progress import Watch
 
 Data = Callable[[int], Any]
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -40,11 +42,13 @@ class Calibration:
         data: step -> batch; None where nothing data-driven is asked.
         loss: (model, batch) -> mean loss over the batch's samples.
         seed: for criteria that draw numbers.
+        watch: is told of each batch.
     """
 
     data: Data | None
     loss: Loss = own_loss
     seed: int = 0
+    watch: Watch | None = None
 
     def mean_gradient(self, model: nn.Module, batches: int) -> dict[str, Tensor]:
         """Gradient of the mean loss over all samples, float32, by parameter name.
@@ -66,7 +70,7 @@ class Calibration:
         total = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in named.items()}
         count = 0
         with _evaluating(model):
-            for batch, samples in self._batches(batches):
+            for batch, samples in self._batches("gradient", batches):
                 value = self._value(model, batch)
                 if not value.requires_grad:
                     raise ValueError("loss: expected a value computed from the weights, got others")
@@ -86,7 +90,7 @@ class Calibration:
         """Mean loss over all samples, in eval mode."""
         total, count = torch.zeros(1, dtype=torch.float64), 0
         with torch.no_grad(), _evaluating(model):
-            for batch, samples in self._batches(batches):
+            for batch, samples in self._batches("loss", batches):
                 total += float(self._value(model, batch)) * samples
                 count += samples
         everywhere = _sum_over_processes(count, [total])
@@ -99,19 +103,47 @@ class Calibration:
             raise ValueError(f"loss: expected the mean over the batch, a scalar tensor, got {got}")
         return value
 
-    def _batches(self, batches: int) -> Iterator[tuple[Any, int]]:
+    def _batches(self, what: str, batches: int) -> Iterator[tuple[Any, int]]:
         if self.data is None:
             raise ValueError("data: expected a function from step to batch, got None")
         for step in range(batches):
             batch = self.data(step)
-            yield batch, _samples(batch)
+            yield batch, samples_in(batch)
+            if self.watch is not None:
+                self.watch(what, step + 1, batches)
 
 
-def _samples(batch: Any) -> int:
-    """How many samples a batch's mean is over: tokens predicted, or utterances."""
-    if isinstance(batch, Tensor):
-        return batch[:, 1:].numel() if batch.dim() == 2 else len(batch)
-    return len(batch[0])
+def samples_in(batch: Any) -> int:
+    """How many samples a batch's mean is over, which is what it weighs among other batches.
+
+    A tensor [B, L + 1] of tokens holds B * L of them, all that are predicted. Any other batch holds
+    as many as its first tensor (or array) is long, in the order in which a dict, a list, a
+    dataclass or another object holds its parts, at any depth; one without any counts as 1.
+    """
+    if isinstance(batch, Tensor) and batch.dim() == 2:
+        return batch[:, 1:].numel()
+    return next(_lengths(batch, set()), 1)
+
+
+def _lengths(batch: Any, seen: set[int]) -> Iterator[int]:
+    """The lengths of a batch's tensors; `seen` keeps objects that hold themselves apart."""
+    shape = getattr(batch, "shape", None)
+    if shape is not None and not isinstance(batch, type):
+        yield from [int(shape[0])] if len(shape) else []
+        return
+    if batch is None or isinstance(batch, str | bytes | int | float) or id(batch) in seen:
+        return
+    seen = {*seen, id(batch)}
+    parts: Iterable[Any]
+    if isinstance(batch, Mapping):
+        parts = batch.values()
+    elif isinstance(batch, Sequence):
+        parts = batch
+    else:
+        slots = [name for name in getattr(batch, "__slots__", ()) if hasattr(batch, name)]
+        parts = [*getattr(batch, "__dict__", {}).values(), *(getattr(batch, n) for n in slots)]
+    for part in parts:
+        yield from _lengths(part, seen)
 
 
 @contextmanager
@@ -165,6 +197,11 @@ def broadcast(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
 def is_main_process() -> bool:
     """Whether this process writes files."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def process_count() -> int:
+    """How many processes share the data."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def wait_for_all() -> None:

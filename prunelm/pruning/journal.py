@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunelm.data.files import replace_file
+from prunelm.data.runs import claim, hold
 from prunelm.pruning.calibration import is_main_process, wait_for_all
 from prunelm.pruning.recovery import clear
 from prunelm.pruning.resizing import numbers_of, resize, state_of
 from prunelm.pruning.result import Round, read_masks, write_masks
+from prunelm.training.facts import config_facts, last_bits
 
 
 @dataclass(frozen=True)
@@ -35,23 +38,20 @@ class Journal:
 
     folder: Path | None
 
-    def claim(self, model: nn.Module, settings: Mapping[str, Any], asked: Sequence[int]) -> None:
-        """Marks a new folder as this run's; ValueError, naming the key, where it is another's."""
+    def hold(self) -> AbstractContextManager[None]:
+        """Keeps other processes out of the folder, see `data.runs.hold`."""
+        if self.folder is None or not is_main_process():
+            return nullcontext()
+        return hold(self.folder)
+
+    def claim(self, model: nn.Module, facts: Mapping[str, Any]) -> None:
+        """Marks a new folder as this run's; ValueError, naming the fact, where it is another's."""
         if self.folder is None:
             return
-        path = self.folder / "run.json"
-        wanted = {**settings, "targets": list(asked), "model": fingerprint(model)}
-        found = _read_json(path) if path.is_file() else None
-        if found is not None:
-            for key, value in wanted.items():
-                if found.get(key) != value:
-                    raise ValueError(
-                        f"{path}: expected a run with {key} = {value}, got {found.get(key)}; "
-                        "choose another folder or remove it"
-                    )
-        elif is_main_process():
-            with replace_file(path) as temporary:
-                temporary.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+        if is_main_process():
+            own = {**facts, "model": fingerprint(model), **config_facts(model)}
+            device = next(model.parameters()).device
+            claim(self.folder, own, noted=last_bits(device), makes=("round-000",))
         wait_for_all()
 
     def read(self, position: int) -> Entry | None:
@@ -101,7 +101,7 @@ class Journal:
         forget: bool,
     ) -> None:
         """Saves a round; `forget`: the weights of the one before are not needed any more."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         if self.folder is None:
             return
@@ -109,7 +109,7 @@ class Journal:
         if is_main_process():
             state = {name: tensor.cpu().contiguous() for name, tensor in state_of(model).items()}
             with replace_file(place / "weights.safetensors") as temporary:
-                save_file(state, temporary)
+                temporary.write_bytes(save(state))
             write_masks(place / "masks.safetensors", masks)
             values = {
                 "round": {**asdict(entry.round), "gone": dict(entry.round.gone)},

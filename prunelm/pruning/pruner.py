@@ -2,16 +2,17 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from prunelm.data.runs import named
 from prunelm.data.tokenizer import Tokenizer
 from prunelm.nn import copied, refuse_accelerated
-from prunelm.pruning.architecture import Architecture, is_sized_by_config
+from prunelm.pruning.architecture import is_sized_by_config
 from prunelm.pruning.budget import Ledger, count_parameters, parse_target, smallest
 from prunelm.pruning.budget import unreachable as unreachable_line
 from prunelm.pruning.calibration import (
@@ -21,45 +22,25 @@ from prunelm.pruning.calibration import (
     broadcast,
     is_main_process,
     own_loss,
+    process_count,
 )
 from prunelm.pruning.compact import remove
 from prunelm.pruning.criteria import Magnitude, Taylor
 from prunelm.pruning.groups import Criterion, Groups, Method, Schedule
 from prunelm.pruning.journal import Entry, Journal
-from prunelm.pruning.methods import Joined
+from prunelm.pruning.plan import Plan as Plan
 from prunelm.pruning.recovery import Recovery, Wound
 from prunelm.pruning.result import Result, Round
 from prunelm.pruning.schedulers import OneShot
 from prunelm.pruning.selection import choose
+from prunelm.pruning.words import in_words
+from prunelm.training.checkpoint import check_vocabulary
+from prunelm.training.facts import config_facts, masks_digest
+from prunelm.training.progress import Watch
+from prunelm.training.unwrapping import unwrapped
 
 Validate = Callable[[nn.Module], float]
 _REPORT_BATCHES = 8  # for the losses in a report, where the criterion needs no data
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a dry run says. `advice` tells why a target cannot be reached; "" where it can."""
-
-    target: str | int
-    asked: int
-    size: int
-    dense_size: int
-    smallest: int
-    gone: Mapping[str, int]
-    places: Mapping[str, tuple[int, int]]  # "head blocks.0" -> (kept, of)
-    advice: str = ""
-
-    @property
-    def reachable(self) -> bool:
-        """Whether the target can be reached."""
-        return not self.advice
-
-    def __str__(self) -> str:
-        if self.advice:
-            return self.advice
-        lines = [f"{self.size:,} of {self.dense_size:,} parameters; smallest {self.smallest:,}"]
-        lines += [f"{place}: {kept} of {count}" for place, (kept, count) in self.places.items()]
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -91,26 +72,35 @@ class Pruner:
         tokenizer: Tokenizer | None = None,
         masks: Mapping[str, Tensor] | None = None,
         folder: Path | str | None = None,
+        facts: Mapping[str, Any] | None = None,
+        watch: Watch | None = None,
     ) -> Result:
         """A copy of `model` with at most `target` parameters, and as near as groups allow.
 
         Args:
+            model: also inside `torch.compile` or DistributedDataParallel; the result is not.
             target: "5M", "40%" of the present size, or a number of parameters.
-            data: step -> batch, a pure function, such as `TokenBatches`.
+            data: step -> batch, a pure function, such as `TokenBatches`; any batch that `loss`
+                takes, see `calibration.samples_in` for what it weighs.
             loss: (model, batch) -> mean loss; by default the model's own.
             validate: a metric to report, lower is better, such as perplexity.
             tokenizer: what `Result.save` puts beside the model.
             masks: of an earlier result, whose zeros stay.
-            folder: takes the state after each round; a later call with the same arguments resumes.
+            folder: takes the state after each round; a later call with the same arguments resumes,
+                one with any other is refused. One process at a time works in it.
+            facts: JSON values that shape the result and that this method cannot see, such as
+                digests of the data (`data.runs.file_fact`) and the batch's size.
+            watch: is told what is under way: words, how much of it is done, of how much.
 
         Raises:
             ValueError: the target cannot be reached (says what can), data are needed and missing,
-                weights are not finite, the model has been accelerated, or a folder that holds
-                another run.
+                weights are not finite, the model has been accelerated, the tokenizer is of another
+                vocabulary, or a folder that holds another run or is in use.
+            OSError: a file cannot be written; finished rounds stand.
         """
         results = self.ladder(
             model, [target], data, loss=loss, validate=validate, tokenizer=tokenizer,
-            masks=masks, folder=folder,
+            masks=masks, folder=folder, facts=facts, watch=watch,
         )  # fmt: skip
         return results[0]
 
@@ -125,14 +115,23 @@ class Pruner:
         tokenizer: Tokenizer | None = None,
         masks: Mapping[str, Tensor] | None = None,
         folder: Path | str | None = None,
+        facts: Mapping[str, Any] | None = None,
+        watch: Watch | None = None,
+        finished: Callable[[Result], None] | None = None,
     ) -> list[Result]:
         """One result per target, each made from the one before; arguments as for `run`.
 
         With a folder and a tokenizer, each result is saved in a folder of its own as it is made.
 
+        Args:
+            finished: is given each result as soon as it is there, so that it stands whatever comes
+                of the smaller ones.
+
         Raises:
-            ValueError: as for `run`, or targets that do not fall.
+            ValueError: as for `run`, or targets that do not fall; says at which target a run of
+                several stopped.
         """
+        model = unwrapped(model)
         _refuse(model)
         if isinstance(targets, str | int):
             raise ValueError(f"targets: expected a list of sizes, got {targets!r}")
@@ -140,18 +139,31 @@ class Pruner:
         asked = [parse_target(target, dense_size) for target in targets]
         if not asked or any(b >= a for a, b in itertools.pairwise(asked)):
             raise ValueError(f"targets: expected falling sizes, got {list(targets)}")
+        check_vocabulary(config_facts(model), tokenizer)
         self._refuse_unreachable(model, masks or {}, asked[-1])
-        with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
-            journal = Journal(Path(folder) if folder is not None else None)
-            journal.claim(model, self.settings(), asked)
-            run = _Run(self, model, Calibration(data, loss), validate, masks or {}, journal)
-            results = []
+        journal = Journal(Path(folder) if folder is not None else None)
+        results: list[Result] = []
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), journal.hold():
+            own = {
+                **self.settings(), "targets": asked, "masks": masks_digest(masks or {}),
+                "loss": named(loss), "data": data is not None, "validation": validate is not None,
+                "processes": process_count(),
+            }  # fmt: skip
+            journal.claim(model, {**own, **(facts or {})})
+            evidence = Calibration(data, loss)
+            run = _Run(self, model, evidence, validate, masks or {}, journal, watch)
             for target, size in zip(targets, asked, strict=True):
-                run.descend(size)
+                try:
+                    run.descend(size, f"{target}, " if len(asked) > 1 else "")
+                except (ValueError, OSError) as error:
+                    _name_target(error, targets, len(results))
+                    raise
                 result = run.result(target, size, tokenizer)
                 results.append(result)
                 if folder is not None and tokenizer is not None and is_main_process():
                     result.save(Path(folder) / f"size-{size}")
+                if finished is not None:
+                    finished(result)
         return results
 
     def plan(
@@ -162,12 +174,14 @@ class Pruner:
         *,
         loss: Loss = own_loss,
         masks: Mapping[str, Tensor] | None = None,
+        watch: Watch | None = None,
     ) -> Plan:
         """What one shot would take, and whether it can; nothing is changed.
 
         Without data a data-driven criterion is replaced by `Magnitude()`: sizes hold, places are
         an estimate.
         """
+        model = unwrapped(model)
         _refuse(model)
         masks = masks or {}
         dense_size = count_parameters(model, masks)
@@ -180,7 +194,7 @@ class Pruner:
             advice = unreachable_line(prepared, groups, masks, asked)
             return Plan(target, asked, least, dense_size, least, {}, {}, advice)
         criterion = self.criterion if data or not self.criterion.batches else Magnitude()
-        evidence = Calibration(data, loss, _seed(self.seed, 0))
+        evidence = Calibration(data, loss, _seed(self.seed, 0), watch)
         with torch.inference_mode(False):
             scores = criterion.score(prepared, groups, evidence)
         keep = choose(prepared, groups, scores, masks, asked)
@@ -202,7 +216,7 @@ class Pruner:
     def settings(self) -> dict[str, str]:
         """The four axes and the seed in words."""
         names = ("method", "criterion", "schedule", "recovery", "seed")
-        return {name: _words(getattr(self, name)) for name in names}
+        return {name: in_words(getattr(self, name)) for name in names}
 
 
 class _Run:
@@ -216,9 +230,11 @@ class _Run:
         validate: Validate | None,
         masks: Mapping[str, Tensor],
         journal: Journal,
+        watch: Watch | None,
     ) -> None:
-        self.pruner, self.evidence, self.validate = pruner, evidence, validate
-        self.journal = journal
+        self.pruner, self.validate = pruner, validate
+        self.journal, self.watch, self.where = journal, watch, ""
+        self.evidence = replace(evidence, watch=self.tell if watch is not None else None)
         self.dense = copied(model).eval()
         self.model, self.masks = copied(model).eval(), dict(masks)
         self.size = self.dense_size = count_parameters(model, masks)
@@ -228,10 +244,16 @@ class _Run:
         batches = pruner.criterion.batches or _REPORT_BATCHES
         self.loss_batches = batches if evidence.data is not None else 0
 
-    def descend(self, target: int) -> None:
+    def tell(self, what: str, done: int, of: int) -> None:
+        """Passes on what is under way, and where."""
+        if self.watch is not None:
+            self.watch(f"{self.where}: {what}", done, of)
+
+    def descend(self, target: int, name: str) -> None:
         """All rounds down to `target`; those that the journal holds are read, not run."""
         sizes = self.pruner.schedule.sizes(self.size, target)
         for index, size in enumerate(sizes):
+            self.where = f"{name}round {index + 1} of {len(sizes)}"
             position = len(self.rounds)
             entry = self.journal.read(position)
             last = index == len(sizes) - 1
@@ -269,7 +291,7 @@ class _Run:
         recovered, metric, steps = pruned, metric_pruned, 0
         if pruner.recovery is not None:
             folder = self.journal.recovery_folder(position)
-            wound = Wound(index, count, self.steps, seed, self.dense, folder)
+            wound = Wound(index, count, self.steps, seed, self.dense, folder, self.evidence.watch)
             steps = pruner.recovery(self.model, evidence, self.masks, wound)
             recovered, metric = self.loss(), self.metric()
         size = count_parameters(self.model, self.masks)
@@ -347,23 +369,21 @@ def _refuse(model: nn.Module) -> None:
             raise ValueError(f"model: expected finite weights, got NaN or infinity in {name}")
 
 
+def _name_target(error: ValueError | OSError, targets: Sequence[str | int], done: int) -> None:
+    """Adds to an error at which of several targets it arose, and what stands."""
+    if len(targets) < 2 or str(error).startswith("target: "):
+        return
+    text = f"stopped at the target {targets[done]}"
+    if done:
+        text += f"; {', '.join(map(str, targets[:done]))} finished before"
+    if isinstance(error, OSError):
+        error.strerror = f"{error.strerror} ({text})"
+    else:
+        error.args = (f"{error} ({text})",)
+
+
 def _gone(groups: Sequence[Groups], keep: Sequence[Tensor]) -> dict[str, int]:
     gone: dict[str, int] = {}
     for each, kept in zip(groups, keep, strict=True):
         gone[each.kind] = gone.get(each.kind, 0) + int((each.kept & ~kept).sum())
     return gone
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, Joined):
-        return " | ".join(_words(method) for method in value.methods)
-    if is_dataclass(value) and not isinstance(value, type):
-        changed = [
-            f"{f.name}={getattr(value, f.name)!r}"
-            for f in fields(value)
-            if f.name != "architecture" or getattr(value, f.name) != Architecture()
-        ]
-        return f"{type(value).__name__}({', '.join(changed)})"
-    if value is None or isinstance(value, int):
-        return str(value)
-    return str(getattr(value, "__qualname__", type(value).__qualname__))

@@ -1,5 +1,6 @@
 """Heals a model after a round. A recovery is any callable, see `Recovery`."""
 
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from prunelm.pruning.calibration import Calibration, is_main_process, wait_for_all
+from prunelm.training.progress import Watch
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Wound:
         seed: of this round.
         dense: the model as it was before the first round, in eval mode.
         folder: for the recovery's own checkpoints, or None.
+        watch: is told of each step, or None.
     """
 
     round: int
@@ -29,6 +32,7 @@ class Wound:
     seed: int
     dense: nn.Module
     folder: Path | None = None
+    watch: Watch | None = None
 
 
 class Recovery(Protocol):
@@ -71,6 +75,12 @@ class Finetune:
             raise ValueError(f"steps: expected at least 0, got {self.steps}")
         if not self.lr > 0:
             raise ValueError(f"lr: expected more than 0, got {self.lr}")
+        for name in ("lr", "temperature", "weight_decay"):
+            if math.isinf(getattr(self, name)):
+                got = getattr(self, name)
+                raise ValueError(f"{name}: expected a finite number, got {got}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay: expected 0 or more, got {self.weight_decay}")
         if not 0.0 <= self.distill <= 1.0:
             raise ValueError(f"distill: expected a fraction in [0, 1], got {self.distill}")
         if not self.temperature > 0:
@@ -110,6 +120,12 @@ class Finetune:
             checkpoint_every=200 if wound.folder is not None else 0,
         )
 
+        watch = wound.watch
+
+        def told(record: Mapping[str, float]) -> None:
+            if watch is not None:
+                watch("recovery", int(record["step"]), steps)
+
         loss = evidence.loss
         if self.distill:
             from prunelm.training.distill import distilled_from
@@ -122,6 +138,7 @@ class Finetune:
             options,
             folder=wound.folder,
             masks=masks,
+            told=told,
         )
         return steps
 

@@ -228,13 +228,13 @@ def _filled(model: nn.Module, folder: Path | str, info: Mapping[str, Any]) -> nn
 
 def write_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
     """Writes masks; without any, removes what an earlier save left."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     if not masks:
         path.unlink(missing_ok=True)
         return
     with replace_file(path) as temporary:
-        save_file({name: mask.cpu().contiguous() for name, mask in masks.items()}, temporary)
+        temporary.write_bytes(save({n: mask.cpu().contiguous() for n, mask in masks.items()}))
 
 
 def read_masks(path: Path, model: nn.Module) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
+from prunelm.data.runs import prepared
 from prunelm.decoding.transcribe import SearchOptions, suitable_options
 from prunelm.decoding.tuning import choose_search
 from prunelm.pruning import (
@@ -133,10 +134,11 @@ def run_study(
     bed = open_testbed(
         shipped() if data is None else data, lm=lm, recogniser=recogniser, corpus=corpus, text=text
     )
-    bed, alone, fused = choose_searches(bed, out, beam, lm_weight, token_reward, progress)
-    measuring = replace(measuring, alone=alone, fused=fused)
-    run_grid(bed, grid, out, title=title, measuring=measuring, progress=progress)
-    path = write_report(out)
+    with prepared(out):
+        bed, alone, fused = choose_searches(bed, out, beam, lm_weight, token_reward, progress)
+        measuring = replace(measuring, alone=alone, fused=fused)
+        run_grid(bed, grid, out, title=title, measuring=measuring, progress=progress)
+        path = write_report(out)
     progress.say(f"all in {time.perf_counter() - started:.0f} s")
     return path
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from prunelm.data.files import replace_file
+from prunelm.data.runs import prepared, remove_work, work_folder
 from prunelm.decoding.transcribe import EncodedBatch, SearchOptions, best_words, encode, search
 from prunelm.metrics.flops import flops_per_token
 from prunelm.metrics.perplexity import perplexity
@@ -148,9 +149,16 @@ def run_grid(
         progress: is told about each thing done.
 
     Raises:
-        ValueError: the folder holds another study, or the models do not fit.
+        ValueError: the folder holds another study or is in use, or the models do not fit.
     """
     folder = Path(folder)
+    with prepared(folder):
+        _run_grid(bed, grid, folder, title, measuring, progress)
+
+
+def _run_grid(
+    bed: TestBed, grid: Grid, folder: Path, title: str, measuring: Measuring, progress: Progress
+) -> None:
     study = {**bed.facts, **_settings(grid, measuring)}
     open_study(folder, title, study)
     add_chosen(folder, [*bed.lm.chosen, *(bed.recogniser.chosen if bed.recogniser else ())])
@@ -158,7 +166,7 @@ def run_grid(
     work.references()
     for chain in grid.chains():
         work.chain(chain)
-    shutil.rmtree(folder / "work", ignore_errors=True)
+    remove_work(folder)
 
 
 class _Work:
@@ -188,12 +196,25 @@ class _Work:
         if not missing:
             return
         started = time.perf_counter()
-        self.doing(f"{chain.series}: pruning to {', '.join(chain.targets)}")
-        folder = self.folder / "work" / chain.key("-".join(chain.targets))
+        name = f"{chain.series}: pruning to {', '.join(chain.targets)}"
+        self.doing(name)
+        done = 0
+
+        def finished(result: Result) -> None:
+            """Measures a size at once, so that it stands whatever comes of the next."""
+            nonlocal started, done
+            seconds, target = time.perf_counter() - started, chain.targets[done]
+            if target in missing:
+                self.cell(chain, target, result, seconds)
+            done += 1
+            started = time.perf_counter()
+
+        folder = work_folder(self.folder) / chain.key("-".join(chain.targets))
         try:
-            results = chain.pruner.ladder(
+            chain.pruner.ladder(
                 self.bed.lm.model, list(chain.targets), self.data(chain.pruner.seed),
-                tokenizer=self.bed.tokenizer, folder=folder,
+                folder=folder, finished=finished,
+                watch=lambda what, step, of: self.doing(f"{name}, {what} {step}/{of}"),
             )  # fmt: skip
         except ValueError as error:
             if not str(error).startswith("target: expected at least"):
@@ -201,10 +222,6 @@ class _Work:
             self.done += len(missing)
             self.progress.say(f"{chain.series}: left out, {error}")
             return
-        seconds = (time.perf_counter() - started) / len(chain.targets)
-        for target, result in zip(chain.targets, results, strict=True):
-            if target in missing:
-                self.cell(chain, target, result, seconds)
         shutil.rmtree(folder, ignore_errors=True)
 
     def cell(self, chain: Chain, target: str, result: Result, seconds: float) -> None:
@@ -295,7 +312,9 @@ class _Work:
     def data(self, seed: int) -> Any:
         """Recovery text as batches."""
         how = self.how
-        return self.bed.batches(self.folder / "work", batch=how.batch, length=how.length, seed=seed)
+        return self.bed.batches(
+            work_folder(self.folder), batch=how.batch, length=how.length, seed=seed
+        )
 
     def doing(self, text: str) -> None:
         """Tells what is under way."""

@@ -13,10 +13,12 @@ from types import UnionType
 from typing import Any, get_args, get_origin
 
 from prunelm.data.files import replace_file, require_file, shown
+from prunelm.data.runs import refuse_foreign
 
 FORMAT = 1
 NO_LM = "no LM"
 DENSE = "dense LM"
+_MAKES = ("cells", "models", "transcripts", "report.html", "results.json")
 _NAMES: dict[type, str] = {
     str: "text", int: "a whole number", float: "a number", dict: "an object", list: "a list"
 }  # fmt: skip
@@ -137,7 +139,8 @@ def open_study(folder: Path | str, title: str, study: Mapping[str, Any]) -> None
     """Starts a study in a folder, or makes sure that the folder holds this very study.
 
     Raises:
-        ValueError: the folder holds a study of other models, data or settings.
+        ValueError: the folder holds a study of other models, data or settings, or results of
+            something else.
     """
     path = Path(folder) / "study.json"
     wanted = json.loads(json.dumps(study))
@@ -150,6 +153,7 @@ def open_study(folder: Path | str, title: str, study: Mapping[str, Any]) -> None
                     f"{found.get(name)!r}; name another folder or remove this one"
                 )
         return
+    refuse_foreign(folder, _MAKES, path.name)
     from prunelm.study.machine import describe
 
     machine = describe()

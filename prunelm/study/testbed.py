@@ -14,11 +14,12 @@ Without recogniser/ and test.tsv only text is judged, and there are no word erro
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prunelm.data.runs import digest_of
 from prunelm.data.speech import Utterance, load_corpus
 from prunelm.data.text import TokenBatches, read_lines, write_token_ids
 from prunelm.data.tokenizer import Tokenizer
@@ -90,20 +91,30 @@ def open_testbed(
         facts["recogniser"] = f"{_last_two(recogniser_folder)} (weights {listener.weights})"
         test = load_corpus("manifest", manifest, manifest.stem)
         words = sum(len(utterance.text.split()) for utterance in test)
-        facts["test_speech"] = f"{len(test)} utterances, {words:,} words ({_digest(manifest)})"
+        facts["test_speech"] = f"{len(test)} utterances, {words:,} words ({speech_digest(test)})"
         if (folder / "valid.tsv").is_file():
             valid = load_corpus("manifest", folder, "valid")
+            facts["valid_speech"] = f"{len(valid)} utterances ({speech_digest(valid)})"
     own_lines = corpus is None and _text(folder, "test").is_file()
     lines = [u.text for u in test] if test and not own_lines else read_lines(_text(folder, "test"))
-    facts["test_text"] = f"{len(lines):,} sentences, {sum(len(x.split()) for x in lines):,} words"
+    words = sum(len(line.split()) for line in lines)
+    facts["test_text"] = f"{len(lines):,} sentences, {words:,} words ({digest_of(lines)})"
+    choosing = read_lines(_text(folder, "valid"))
+    facts["valid_text"] = f"{len(choosing):,} sentences ({digest_of(choosing)})"
     recovery = text or _text(folder, "recovery")
     if not recovery.is_file():
         raise FileNotFoundError(f"recovery text: expected a file, got {recovery}")
     facts["recovery_text"] = f"{recovery.name} ({_digest(recovery)})"
     return TestBed(
         model, listener, tuple(test), tuple(valid), tuple(lines),
-        tuple(read_lines(_text(folder, "valid"))), recovery, facts,
+        tuple(choosing), recovery, facts,
     )  # fmt: skip
+
+
+def speech_digest(utterances: Sequence[Utterance]) -> str:
+    """12 hex digits that change with what a corpus says of utterances and recordings' sizes."""
+    rows = [[u.id, u.text, u.seconds, u.speaker, u.audio_path.stat().st_size] for u in utterances]
+    return digest_of(rows)
 
 
 def text_batches(

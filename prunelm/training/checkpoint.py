@@ -12,7 +12,7 @@ import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from prunelm.nn import refuse_accelerated
 
 FORMAT = 1
 OWN = "module"
+MODEL_FILES = ("model.json", "model.safetensors", "tokenizer.model", "masks.safetensors")
 _KINDS = {
     "lm": ("prunelm.models.lm", "TransformerLM", "LMConfig"),
     "transducer": ("prunelm.models.transducer", "Transducer", "TransducerConfig"),
@@ -49,11 +50,25 @@ def save_model(
         ValueError: another kind of model, an accelerated one, another vocabulary, or a weight that
             `dtype` cannot hold.
     """
-    kind = kind_of(model)
-    if kind == OWN:
+    check_savable(model, tokenizer)
+    save_weights(folder, model, model.config.to_dict(), tokenizer, extra, dtype=dtype)  # type: ignore[operator,union-attr]
+
+
+def check_savable(model: nn.Module, tokenizer: Tokenizer) -> None:
+    """ValueError, as `save_model` raises it, for a model of another make or vocabulary."""
+    if kind_of(model) == OWN:
         name = type(model).__name__
         raise ValueError(f"model: expected a TransformerLM or a Transducer, got {name}")
-    save_weights(folder, model, model.config.to_dict(), tokenizer, extra, dtype=dtype)  # type: ignore[operator,union-attr]
+    check_vocabulary(model.config.to_dict(), tokenizer)  # type: ignore[operator,union-attr]
+
+
+def check_vocabulary(config: Mapping[str, Any], tokenizer: Tokenizer | None) -> None:
+    """ValueError where a tokenizer is of another size than a model's config says."""
+    vocabulary = config.get("vocab_size")
+    if tokenizer is not None and vocabulary not in (None, tokenizer.vocab_size):
+        raise ValueError(
+            f"tokenizer: expected the model's {vocabulary} ids, got {tokenizer.vocab_size}"
+        )
 
 
 def save_weights(
@@ -69,11 +84,7 @@ def save_weights(
     from safetensors.torch import save
 
     refuse_accelerated(model, "save the original and accelerate what is loaded")
-    vocabulary = config.get("vocab_size")
-    if tokenizer is not None and vocabulary not in (None, tokenizer.vocab_size):
-        raise ValueError(
-            f"tokenizer: expected the model's {vocabulary} ids, got {tokenizer.vocab_size}"
-        )
+    check_vocabulary(config, tokenizer)
     weights = {}
     for name, tensor in untied_weights(model).items():
         stored = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None)
@@ -224,9 +235,39 @@ def check_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) 
 
 
 def save_state(path: Path | str, state: Mapping[str, Any]) -> None:
-    """Writes the state of a run: tensors, numbers, strings, and dicts and lists of them."""
-    with replace_file(path) as temporary:
-        torch.save(dict(state), temporary)
+    """Writes the state of a run: tensors, numbers, strings, and dicts and lists of them.
+
+    Raises:
+        OSError: the file cannot be written; what was there before stays.
+    """
+    with replace_file(path) as temporary, temporary.open("wb") as file:
+        writer = _Writer(file)
+        try:
+            torch.save(dict(state), writer)  # type: ignore[arg-type]
+        except RuntimeError:
+            if writer.error is None:
+                raise
+            raise writer.error from None
+
+
+class _Writer:
+    """A file that remembers why it could not be written: torch's message keeps silent about it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        """Writes all of `data`."""
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        """Hands what is buffered to the system."""
+        self.file.flush()
 
 
 def load_state(path: Path | str) -> dict[str, Any]:

@@ -55,6 +55,9 @@ def distilled_from(
     teacher.eval()
 
     def loss(model: nn.Module, tokens: Tensor) -> Tensor:
+        if not isinstance(tokens, Tensor) or tokens.dim() != 2:
+            got = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise ValueError(f"distill: expected batches of token ids [B, L + 1], got {got}")
         with torch.no_grad():
             wanted = teacher(tokens[:, :-1])
         return distillation_loss(model(tokens[:, :-1]), wanted, tokens[:, 1:], alpha, temperature)

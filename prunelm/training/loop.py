@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,96 +20,26 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from prunelm.data.files import replace_file
+from prunelm.data.runs import claim, hold
 from prunelm.data.tokenizer import Tokenizer
 from prunelm.nn import is_accelerated
 from prunelm.training.checkpoint import (
+    MODEL_FILES,
+    check_savable,
     copy_weights,
     load_state,
     save_model,
     save_state,
     untied_weights,
 )
+from prunelm.training.facts import last_bits, run_facts
+from prunelm.training.options import History as History
+from prunelm.training.options import TrainOptions as TrainOptions
 from prunelm.training.progress import progress
+from prunelm.training.unwrapping import is_compiled, unwrapped
 
 Batch = TypeVar("Batch")
-_CADENCE = ("log_every", "validate_every", "checkpoint_every")
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """How long and how fast to train.
-
-    The learning rate rises linearly to its highest, then falls as a half cosine.
-
-    Args:
-        steps: updates of the weights.
-        lr: highest learning rate.
-        warmup: steps over which the learning rate rises.
-        final_lr_fraction: where the learning rate ends, as a share of the highest.
-        weight_decay: of AdamW, for matrices only.
-        clip: largest norm of the gradient of all weights together.
-        bf16: compute in bfloat16 under autocast.
-        seed: of everything random; equal seeds give equal runs.
-        log_every: steps between lines of the log; 0: only at the end.
-        validate_every: steps between validations; 0: only at the end.
-        checkpoint_every: steps between checkpoints; 0: only at the end.
-        accumulate: batches that make a step.
-        average: above 0, such as 0.998: the running mean mean = average * mean + (1 - average) *
-            weights is what is validated and returned; its first steps forget faster.
-    """
-
-    steps: int
-    lr: float
-    warmup: int = 100
-    final_lr_fraction: float = 0.1
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    bf16: bool = False
-    seed: int = 0
-    log_every: int = 50
-    validate_every: int = 0
-    checkpoint_every: int = 0
-    accumulate: int = 1
-    average: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise ValueError(f"steps: expected at least 0, got {self.steps}")
-        for name in ("lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
-        if self.accumulate < 1:
-            raise ValueError(f"accumulate: expected at least 1, got {self.accumulate}")
-        if not 0 <= self.average < 1:
-            raise ValueError(f"average: expected a fraction in [0, 1), got {self.average}")
-
-    def lr_at(self, step: int) -> float:
-        """The learning rate of step `step`, counted from 0."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        done = min((step - self.warmup) / max(self.steps - self.warmup, 1), 1.0)
-        cosine = 0.5 * (1 + math.cos(math.pi * done))
-        return self.lr * (self.final_lr_fraction + (1 - self.final_lr_fraction) * cosine)
-
-
-@dataclass
-class History:
-    """What a run went through; `records` are the lines of log.jsonl."""
-
-    records: list[dict[str, float]] = field(default_factory=list)
-    best: float = math.inf
-    best_step: int = 0
-    seconds: float = 0.0
-
-    @property
-    def losses(self) -> list[float]:
-        """Mean training loss of each logging window."""
-        return [record["loss"] for record in self.records if "loss" in record]
-
-    @property
-    def validations(self) -> list[float]:
-        """What `validate` returned, in order."""
-        return [record["validation"] for record in self.records if "validation" in record]
+TRAINED_FILES = ("training.pt", "log.jsonl", *MODEL_FILES)
 
 
 def train(
@@ -122,7 +52,9 @@ def train(
     validate: Callable[[nn.Module], float] | None = None,
     masks: Mapping[str, Tensor] | None = None,
     tokenizer: Tokenizer | None = None,
+    facts: Mapping[str, Any] | None = None,
     describe: str = "",
+    told: Callable[[Mapping[str, float]], None] | None = None,
 ) -> History:
     """Trains `model` in place and leaves it in eval mode.
 
@@ -130,41 +62,63 @@ def train(
     gradients are averaged; process 0 writes.
 
     Args:
-        batches: a pure function of the batch's number, counted from 0.
+        model: also inside `torch.compile` or DistributedDataParallel; the model inside is saved.
+        batches: a pure function of the batch's number, counted from 0; any batch that `loss` takes.
         loss: the mean loss of one batch, a scalar.
-        folder: takes `training.pt`, from which a later call with the same arguments resumes, and
-            `log.jsonl`. None: nothing is written.
+        folder: takes `training.pt`, from which a later call with the same arguments resumes,
+            `log.jsonl`, and `run.json`: what shapes the result. A call with anything else is
+            refused, but for more `steps`, which extend the run, and another `log_every` or
+            `checkpoint_every`. One process at a time works in a folder. None: nothing is written.
         validate: lower is better. The best weights are kept, and are the model's at the end.
         masks: by parameter name, bool, of its shape; what is False becomes zero and stays zero.
         tokenizer: with `folder`, the result is saved there as `load_model` reads it.
+        facts: JSON values for `run.json` that this function cannot see, such as digests of the
+            data (`data.runs.file_fact`), the batch's size and the initial weights. The model's
+            config, options, masks, the loss's name and the number of processes are there anyway.
         describe: a name to show progress under; "" shows nothing.
+        told: called after each step with its "step" and "seconds".
 
     Raises:
         ValueError: no weight requires a gradient, a loss or gradient is not finite (the last
-            checkpoint stands), masks fit no parameter, or the folder holds the run of other
-            options.
+            checkpoint stands), masks fit no parameter, the result could not be saved, or the
+            folder holds another run, is in use, or has files of something else.
+        OSError: a file cannot be written; the last checkpoint stands.
     """
+    given, model = model, unwrapped(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         why = "; train the original and accelerate it again" if is_accelerated(model) else ""
         raise ValueError(f"model: expected weights that require gradients, got none{why}")
+    if folder is not None and tokenizer is not None:
+        check_savable(model, tokenizer)
     rank, world = _join_processes()
-    run = _Run(
-        model, loss, options, Path(folder) if folder is not None else None, masks, rank, world
-    )
-    state = torch.random.get_rng_state()
-    try:
-        run.resume()
-        run.go(batches, validate, describe)
-    finally:
-        torch.random.set_rng_state(state)
-    if run.best_weights or run.mean:
-        copy_weights(model, run.best_weights or run.mean, "best weights")
-    model.eval()
-    if run.folder is not None and tokenizer is not None and rank == 0:
-        extra = {"describe": describe, "options": asdict(options), "history": asdict(run.history)}
-        save_model(run.folder, model, tokenizer, extra)
-    if world > 1:
-        dist.barrier()
+    place = Path(folder) if folder is not None else None
+    run = _Run(model, given, loss, options, place, masks, rank, world)
+    with hold(place) if place is not None and rank == 0 else nullcontext():
+        if place is not None and rank == 0:
+            own = run_facts(model, loss, options, masks or {}, validate is not None, world)
+            if tokenizer is not None:
+                own["tokenizer"] = tokenizer.fingerprint
+            makes = TRAINED_FILES if tokenizer is not None else TRAINED_FILES[:2]
+            claim(place, {**own, **(facts or {})}, noted=last_bits(run.device), makes=makes)
+        if world > 1:
+            dist.barrier()
+        state = torch.random.get_rng_state()
+        try:
+            run.resume()
+            run.go(batches, validate, describe, told)
+        finally:
+            torch.random.set_rng_state(state)
+        if run.best_weights or run.mean:
+            copy_weights(model, run.best_weights or run.mean, "best weights")
+        for each in {model, given}:
+            each.eval()
+        if place is not None and tokenizer is not None and rank == 0:
+            extra = {
+                "describe": describe, "options": asdict(options), "history": asdict(run.history),
+            }  # fmt: skip
+            save_model(place, model, tokenizer, extra)
+        if world > 1:
+            dist.barrier()
     return run.history
 
 
@@ -186,6 +140,7 @@ class _Run:
     def __init__(
         self,
         model: nn.Module,
+        given: nn.Module,
         loss: Callable[[nn.Module, Any], Tensor],
         options: TrainOptions,
         folder: Path | None,
@@ -197,7 +152,9 @@ class _Run:
         self.rank, self.world = rank, world
         self.masks = _masked_parameters(model, masks or {})
         self.device = next(model.parameters()).device
-        self.with_loss: nn.Module = _WithLoss(model, loss)
+        # What torch.compile made runs as it is; DistributedDataParallel is put around anew.
+        called = given if is_compiled(given) and given._orig_mod is model else model
+        self.with_loss: nn.Module = _WithLoss(called, loss)
         if world > 1:
             self.with_loss = nn.parallel.DistributedDataParallel(self.with_loss)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -221,18 +178,17 @@ class _Run:
         path = self.folder / "training.pt"
         state = load_state(path)
         try:
-            options, step, window = state["options"], int(state["step"]), state["window"]
+            step, window = int(state["step"]), state["window"]
             model, optimizer, best = state["model"], state["optimizer"], state["best_weights"]
             mean = state["mean"]
             history = History(**state["history"])
         except (KeyError, TypeError):
             raise ValueError(f"{path}: expected a training state, got {sorted(state)}") from None
-        for name, value in asdict(self.options).items():
-            if name not in _CADENCE and options.get(name) != value:
-                raise ValueError(
-                    f"{path}: expected a run with {name} = {value}, got {options.get(name)}; "
-                    "choose another folder or remove it"
-                )
+        if step > self.options.steps:
+            raise ValueError(
+                f"steps: expected at least {step}, which {self.folder} has done, "
+                f"got {self.options.steps}"
+            )
         copy_weights(self.model, model, str(path))
         self.optimizer.load_state_dict(optimizer)
         self.history, self.step, self.window, self.best_weights = history, step, window, best
@@ -243,13 +199,14 @@ class _Run:
         batches: Callable[[int], Any],
         validate: Callable[[nn.Module], float] | None,
         describe: str,
+        told: Callable[[Mapping[str, float]], None] | None = None,
     ) -> None:
         """Runs the remaining steps."""
         options, begin, before = self.options, time.perf_counter(), self.history.seconds
         self.write_log()
         with progress(describe if self.rank == 0 else "", options.steps, self.step) as show:
             while self.step < options.steps:
-                self.model.train()
+                self.with_loss.train()
                 self.window.append(self.one_step(batches))
                 self.step += 1
                 self.follow()
@@ -260,11 +217,14 @@ class _Run:
                     record["lr"] = options.lr_at(self.step - 1)
                     self.window = []
                 if validate is not None and self.due(options.validate_every):
+                    show({**record, "validating": 1.0})
                     record["validation"] = self.validated(validate)
                 if len(record) > 2:
                     self.history.records.append(record)
                     self.write_log()
                 show(record)
+                if told is not None:
+                    told(record)
                 if self.due(options.checkpoint_every):
                     self.save()
 

@@ -1,7 +1,13 @@
 """Shows how far a run is."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+
+Watch = Callable[[str, int, int], None]
+"""Is told what is under way, and how much of it is done, of how much."""
+
+_SECONDS = 10.0  # between lines where there is no terminal
 
 
 @contextmanager
@@ -14,7 +20,8 @@ def progress(
         describe: what the bar or line is called; "" shows nothing.
         done: steps done before.
 
-    A record holds "step" and "seconds", and now and then "loss", "validation" and "lr".
+    A record holds "step" and "seconds", now and then "loss", "validation" and "lr", and
+    "validating" while the step's validation is under way.
     """
     if not describe:
         yield lambda record: None
@@ -51,6 +58,49 @@ def progress(
 
         def bar(record: Mapping[str, float]) -> None:
             text = f"{describe}  {news(record)}" if news(record) else None
+            if "validating" in record:
+                text = f"{describe}  {news(record)}  validating"
             progress.update(task, completed=int(record["step"]), description=text)
+
+        yield bar
+
+
+@contextmanager
+def stages() -> Iterator[Watch]:
+    """Yields a `Watch`: a bar for the present stage on a terminal, else a line every 10 s."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        begin = said = time.monotonic()
+
+        def line(what: str, done: int, of: int) -> None:
+            nonlocal said
+            now = time.monotonic()
+            if now - said >= _SECONDS:
+                said = now
+                print(f"{what} {done:,}/{of:,}  {now - begin:.0f} s", flush=True)
+
+        yield line
+        return
+    columns = [TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()]
+    left = [TextColumn("left"), TimeRemainingColumn()]
+    with Progress(*columns, *left, console=console, transient=True) as bars:
+        task = bars.add_task("", total=None)
+        present = ""
+
+        def bar(what: str, done: int, of: int) -> None:
+            nonlocal present
+            if what != present or done == 0:
+                present = what
+                bars.reset(task, total=of, description=what)
+            bars.update(task, completed=done)
 
         yield bar
