@@ -295,3 +295,16 @@ def test_help_stands_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["--help"], ["--nothing", "-h"], ["help"]):
         assert parse("prunelm plan", "", plan, words) is None
         assert "usage: prunelm plan MODEL TARGET" in capsys.readouterr().out
+
+
+def test_settings_change_what_the_command_has_by_default() -> None:
+    default: list[Neurons | Heads] = [Neurons(multiple_of=4, min_keep=2), Heads(0)]
+
+    def command(method: list[Neurons | Heads] = default) -> None: ...
+
+    assert parse("x", "", command, []) == {"method": default}
+    found = parse("x", "", command, ["--method.Neurons.min_keep", "3"])
+    assert found == {"method": [Neurons(multiple_of=4, min_keep=3), Heads(0)]}
+    assert parse("x", "", command, ["--method", "Heads|Neurons"]) == {
+        "method": [Heads(), Neurons()]
+    }

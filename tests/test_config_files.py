@@ -140,6 +140,7 @@ def test_files_that_say_little(yaml: str) -> None:
 
 def test_values_that_yaml_would_turn_into_something_else() -> None:
     found = read("fp16: on\nseed: 010\ntext: 2020-01-01\nvalid: no\nrecovery: null\nthreads: ~\n")
+    assert read("valid: 'null'")["valid"] == Path("null")
     assert (found["fp16"], found["seed"], found["text"]) == (True, 10, Path("2020-01-01"))
     assert (found["valid"], found["recovery"], found["threads"]) == (Path("no"), None, None)
 
