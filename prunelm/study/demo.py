@@ -24,6 +24,7 @@ from prunelm.pruning import (
 from prunelm.pruning.groups import Method
 from prunelm.study.grid import LINES, Grid, Measuring, Progress, run_grid
 from prunelm.study.report import write_report
+from prunelm.study.results import refuse_other_study
 from prunelm.study.testbed import TestBed, open_testbed
 from prunelm.training.pretrained import ChosenSearch, chosen_search, read_chosen
 
@@ -135,6 +136,7 @@ def run_study(
         shipped() if data is None else data, lm=lm, recogniser=recogniser, corpus=corpus, text=text
     )
     with prepared(out):
+        refuse_other_study(out, bed.facts)
         bed, alone, fused = choose_searches(bed, out, beam, lm_weight, token_reward, progress)
         measuring = replace(measuring, alone=alone, fused=fused)
         run_grid(bed, grid, out, title=title, measuring=measuring, progress=progress)
