@@ -311,3 +311,26 @@ def test_one_process_studies_in_a_folder(bed_folder: Path, tmp_path: Path) -> No
 
     run_grid(bed, ONE, tmp_path, title="t", measuring=QUICK, progress=Intruding())
     assert len(caught) == 3 and all("no other process works in" in each for each in caught)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"targets": ()}, "targets: expected falling sizes, got none"),
+        ({"targets": ("50%", "50%")}, "targets: expected falling sizes, got 50%, 50%"),
+        ({"targets": ("40%", "50%")}, "targets: expected falling sizes, got 40%, 50%"),
+        ({"targets": ("0%",)}, "target: expected 1 to "),
+        (
+            {"targets": ("50%", "50%"), "ladder": False},
+            "each once, got Neurons, 50%, seed 0",
+        ),
+        ({"seeds": (1, 1)}, "expected each once, got Neurons, 80%, seed 1 twice"),
+    ],
+)
+def test_sizes_and_seeds_without_sense_are_refused_before_any_work(
+    bed_folder: Path, tmp_path: Path, changes: dict[str, tuple[str, ...]], said: str
+) -> None:
+    heard, out = Heard(), tmp_path / "out"
+    with pytest.raises(ValueError, match=said):
+        run_study(out, replace(ONE, **changes), data=bed_folder, progress=heard, measuring=QUICK)
+    assert not out.exists() and not heard.said and not heard.under_way

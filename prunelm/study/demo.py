@@ -22,7 +22,7 @@ from prunelm.pruning import (
     Taylor,
 )
 from prunelm.pruning.groups import Method
-from prunelm.study.grid import LINES, Grid, Measuring, Progress, run_grid
+from prunelm.study.grid import LINES, Grid, Measuring, Progress, check_grid, run_grid
 from prunelm.study.report import write_report
 from prunelm.study.results import refuse_other_study
 from prunelm.study.testbed import TestBed, open_testbed
@@ -135,6 +135,7 @@ def run_study(
     bed = open_testbed(
         shipped() if data is None else data, lm=lm, recogniser=recogniser, corpus=corpus, text=text
     )
+    check_grid(bed, grid)
     with prepared(out):
         refuse_other_study(out, bed.facts)
         bed, alone, fused = choose_searches(bed, out, beam, lm_weight, token_reward, progress)
