@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from speech_bed import LINES, write_bed
 
@@ -203,3 +205,132 @@ def test_another_vocabulary_is_refused(
     assert main([*words, "--out", str(tmp_path / "out")]) == 1
     text = capsys.readouterr().err
     assert other.fingerprint in text and text.count("\n") == 1
+
+
+def own_bed(bed_folder: Path, folder: Path) -> Path:
+    """The test bed in a folder of its own, to change files of."""
+    folder.mkdir()
+    for path in bed_folder.iterdir():
+        (folder / path.name).symlink_to(path)
+    return folder
+
+
+ONE = Grid(
+    methods={"Neurons": Neurons()}, targets=("80%", "70%"), criteria=(Magnitude(),),
+    recovery=Finetune(steps=1),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "fact"),
+    [
+        ("test.txt", "test_text"),
+        ("valid.txt", "valid_text"),
+        ("recovery.txt", "recovery_text"),
+        ("test.tsv", "test_speech"),
+        ("valid.tsv", "valid_speech"),
+        ("test1.wav", "test_speech"),
+        ("valid1.wav", "valid_speech"),
+    ],
+)
+def test_a_study_of_other_data_is_refused_by_name(
+    bed_folder: Path, demo_folder: Path, tmp_path: Path, name: str, fact: str
+) -> None:
+    """As many sentences and words as before, or recordings of another length."""
+    bed = own_bed(bed_folder, tmp_path / "bed")
+    (bed / name).unlink()
+    if name.endswith(".wav"):
+        soundfile.write(bed / name, np.zeros(3000), 16000)
+    else:
+        text = (bed_folder / name).read_text()
+        (bed / name).write_text(text.replace("the", "het"))
+    grid, heard = demo_grid(("80%", "70%", "60%"), steps=2), Heard()
+    with pytest.raises(ValueError, match=f"expected a study with {fact} '.*', got one with '"):
+        run_study(demo_folder, grid, data=bed, title="quick", measuring=QUICK, progress=heard)
+    assert not heard.said and not heard.under_way, "refused before any work"
+    assert len(list((demo_folder / "cells").iterdir())) == 11
+
+
+def test_a_study_leaves_the_files_of_the_user(bed_folder: Path, tmp_path: Path) -> None:
+    bed = replace(testbed.open_testbed(bed_folder), recogniser=None, test=())
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.txt").write_text("mine")
+    run_grid(bed, ONE, tmp_path, title="t", measuring=QUICK, progress=Heard())
+    assert (tmp_path / "work" / "thesis.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "cells", "models", "study.json", "work"
+    ]  # fmt: skip
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "report.html").write_text("mine")
+    with pytest.raises(ValueError, match=r"expected a folder without report.html, or an earlier"):
+        run_grid(bed, ONE, other, title="t", measuring=QUICK, progress=Heard())
+    assert [path.name for path in other.iterdir()] == ["report.html"]
+
+
+def test_a_measured_size_stands_when_the_next_one_fails(
+    bed_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prunelm.training import loop
+
+    bed = replace(testbed.open_testbed(bed_folder), recogniser=None, test=())
+    original, calls = loop._Run.one_step, []
+
+    def step(run: loop._Run, batches: object) -> float:
+        calls.append(1)
+        if len(calls) == 2:
+            raise ValueError("loss: expected a finite number")
+        return original(run, batches)
+
+    monkeypatch.setattr(loop._Run, "one_step", step)
+    with pytest.raises(ValueError, match=r"number \(stopped at the target 70%; 80% finished befo"):
+        run_grid(bed, ONE, tmp_path, title="t", measuring=QUICK, progress=Heard())
+    assert [row.target for row in read_results(tmp_path).rows] == ["", "80%"]
+    run_grid(bed, ONE, tmp_path, title="t", measuring=QUICK, progress=Heard())
+    assert [row.target for row in read_results(tmp_path).rows] == ["", "80%", "70%"]
+
+
+def test_one_process_studies_in_a_folder(bed_folder: Path, tmp_path: Path) -> None:
+    import threading
+
+    bed = replace(testbed.open_testbed(bed_folder), recogniser=None, test=())
+    caught: list[str] = []
+
+    class Intruding(Heard):
+        def say(self, text: str) -> None:
+            super().say(text)
+            thread = threading.Thread(target=intrude)
+            thread.start()
+            thread.join()
+
+    def intrude() -> None:
+        try:
+            run_grid(bed, ONE, tmp_path, title="t", measuring=QUICK, progress=Heard())
+        except ValueError as error:
+            caught.append(str(error))
+
+    run_grid(bed, ONE, tmp_path, title="t", measuring=QUICK, progress=Intruding())
+    assert len(caught) == 3 and all("no other process works in" in each for each in caught)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"targets": ()}, "targets: expected falling sizes, got none"),
+        ({"targets": ("50%", "50%")}, "targets: expected falling sizes, got 50%, 50%"),
+        ({"targets": ("40%", "50%")}, "targets: expected falling sizes, got 40%, 50%"),
+        ({"targets": ("0%",)}, "target: expected 1 to "),
+        (
+            {"targets": ("50%", "50%"), "ladder": False},
+            "each once, got Neurons, 50%, seed 0",
+        ),
+        ({"seeds": (1, 1)}, "expected each once, got Neurons, 80%, seed 1 twice"),
+    ],
+)
+def test_sizes_and_seeds_without_sense_are_refused_before_any_work(
+    bed_folder: Path, tmp_path: Path, changes: dict[str, tuple[str, ...]], said: str
+) -> None:
+    heard, out = Heard(), tmp_path / "out"
+    with pytest.raises(ValueError, match=said):
+        run_study(out, replace(ONE, **changes), data=bed_folder, progress=heard, measuring=QUICK)
+    assert not out.exists() and not heard.said and not heard.under_way

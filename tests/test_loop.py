@@ -290,7 +290,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run() -> None:
 def test_a_folder_of_other_options_is_refused(tmp_path: Path) -> None:
     train(fresh(), batches, loss, OPTIONS, folder=tmp_path)
     other = TrainOptions(**{**OPTIONS.__dict__, "lr": 1e-3})
-    with pytest.raises(ValueError, match=r": expected a run with lr 0\.001, got 0\.003; choose"):
+    with pytest.raises(ValueError, match=r"expected a run with lr 0\.001, got 0\.003; choose"):
         train(fresh(), batches, loss, other, folder=tmp_path)
     calmer = TrainOptions(**{**OPTIONS.__dict__, "log_every": 10})
     train(fresh(), batches, loss, calmer, folder=tmp_path)

@@ -384,7 +384,7 @@ TRAIN_RECOGNISER = [
     ("augmentation__bin_masks", "-1"), ("augmentation__bin_width", "-1"),
 ]  # fmt: skip
 PRUNING = [
-    ("batch", "0"), ("batch", "-1"), ("length", "0"), ("threads", "0"), ("seed", "9" * 30),
+    ("batch", "0"), ("batch", "-1"), ("length", "0"), ("threads", "0"),
     ("criterion__batches", "0"), ("recovery__steps", "-1"), ("recovery__lr", "nan"),
     ("recovery__lr", "inf"), ("recovery__temperature", "inf"), ("recovery__weight_decay", "-1"),
     ("recovery__last", "nan"), ("recovery__distill", "nan"),

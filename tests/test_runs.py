@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prunelm.data.files import replace_file, sweep
+from prunelm.data.files import replace_file, replace_files, sweep
 from prunelm.data.manifest import Utterance, write_manifest
 from prunelm.data.runs import (
     WORK,
@@ -35,7 +35,7 @@ from prunelm.models.lm import LMConfig, TransformerLM
 from prunelm.pruning.result import write_masks
 from prunelm.study.grid import write_transcripts
 from prunelm.study.results import write_json
-from prunelm.training.checkpoint import load_state, save_model, save_state
+from prunelm.training.checkpoint import load_state, save_model, save_state, save_weights
 
 
 def forked(work: Callable[[], None]) -> "multiprocessing.Process":
@@ -308,3 +308,41 @@ def test_files_that_are_written_are_whole(tmp_path: Path) -> None:
     write_transcripts(tmp_path / "x.tsv", {"1": "a"}, {"1": "b"})
     with (tmp_path / "x.tsv").open() as file:
         assert next(csv.DictReader(file, delimiter="\t")) == {"id": "1", "text": "a", "heard": "b"}
+
+
+@pytest.mark.parametrize("room", [200, 3000, 60_000])
+def test_a_model_that_does_not_fit_leaves_the_model_before_whole(tmp_path: Path, room: int) -> None:
+    """Whichever of its files is the one that does not fit."""
+    save_model(tmp_path, MODEL, TOKENIZER, {"which": "first"})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other = Tokenizer.train([*LINES[:2], "xyz"], 30, "char")
+    config = LMConfig.preset("tiny", other.vocab_size)
+    masks = {"x": torch.ones(250, 300).bool()}
+    extra = {"which": "second", "long": list(range(500))}
+    with little_room(room):
+        with pytest.raises(OSError, match="File too large: ") as caught:
+            model = TransformerLM(config)
+            save_weights(tmp_path, model, config.to_dict(), other, extra, masks=masks)
+    assert Path(str(caught.value.filename)).name in ("model.json", "masks.safetensors")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    save_weights(tmp_path, TransformerLM(config), config.to_dict(), other, extra, masks=masks)
+    assert (tmp_path / "masks.safetensors").is_file()
+    save_model(tmp_path, MODEL, TOKENIZER, {"which": "first"})  # no masks of another model
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_files_that_belong_together_take_their_places_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    original = os.replace
+
+    def noting(source: Path, to: Path) -> None:
+        order.append(to.name)
+        original(source, to)
+
+    monkeypatch.setattr(os, "replace", noting)
+    (tmp_path / "c").write_text("old")
+    replace_files(tmp_path, {"b": b"1", "c": None, "a": b"2"})
+    assert order == ["b", "a"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]

@@ -23,9 +23,3 @@ def fraction(options: Mapping[str, float]) -> None:
     for name, value in options.items():
         if not 0 <= value < 1:
             raise ValueError(f"{name}: expected a fraction in [0, 1), got {value}")
-
-
-def seed_of(seed: int) -> None:
-    """ValueError for a seed that no generator takes."""
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed: expected a number of 64 bits, got {seed}")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from prunelm.cli.arguments import Sizes
-from prunelm.cli.numbers import at_least, seed_of
+from prunelm.cli.numbers import at_least
 from prunelm.cli.texts import known_lines
 from prunelm.data.files import require_file
 from prunelm.data.runs import (
@@ -98,7 +98,6 @@ def prune(
         threads: of torch; by default its own choice.
     """
     at_least(1, {"batch": batch, "length": length, "threads": threads})
-    seed_of(seed)
     set_threads(threads)
     targets = [part.strip() for part in target.split(",") if part.strip()]
     places = _places(out, targets)

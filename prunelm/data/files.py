@@ -4,8 +4,8 @@ import fcntl
 import os
 import re
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 _TEMPORARY = re.compile(r"\.prunelm-[0-9a-f]{8}\..+")
@@ -40,6 +40,35 @@ def replace_file(path: Path | str) -> Iterator[Path]:
         if handle >= 0:
             os.close(handle)
         temporary.unlink(missing_ok=True)
+
+
+def replace_files(folder: Path | str, contents: Mapping[str, bytes | None]) -> None:
+    """Writes files that belong together: all of them, or none where one cannot be written.
+
+    Args:
+        contents: by name, in the order in which they take their places; None removes a file. A
+            process killed in between leaves the last ones as they were.
+
+    Raises:
+        OSError: a file cannot be written; `filename` is its path.
+    """
+    with ExitStack() as stack:
+        for name, data in reversed(list(contents.items())):  # the stack unwinds the other way round
+            path = Path(folder) / name
+            if data is None:
+                stack.enter_context(_removed(path))
+                continue
+            temporary = stack.enter_context(replace_file(path))
+            try:
+                temporary.write_bytes(data)
+            except OSError as error:
+                raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
+
+
+@contextmanager
+def _removed(path: Path) -> Iterator[None]:
+    yield
+    path.unlink(missing_ok=True)
 
 
 def sweep(folder: Path | str, depth: int = 0) -> None:

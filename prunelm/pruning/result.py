@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunelm.data.files import replace_file, shown
+from prunelm.data.files import replace_files, shown
 from prunelm.data.tokenizer import Tokenizer
 from prunelm.nn import refuse_accelerated
 from prunelm.pruning.resizing import numbers_of, resize
@@ -17,6 +17,7 @@ from prunelm.training.checkpoint import (
     build_model,
     kind_of,
     load_tokenizer,
+    masks_as_bytes,
     read_info,
     read_weights,
     save_weights,
@@ -148,9 +149,10 @@ class Result:
         config: Any = {"numbers": numbers_of(self.model)} if own else self.model.config.to_dict()  # type: ignore[operator,union-attr]
         extra = {"pruning": self.to_dict()}
         refuse_accelerated(self.model, "save the original and accelerate what is loaded")
-        write_masks(Path(folder) / "masks.safetensors", self.masks)
         tokenizer = tokenizer or self.tokenizer
-        save_weights(folder, self.model, config, tokenizer, extra, dtype=dtype)
+        save_weights(
+            folder, self.model, config, tokenizer, extra, dtype=dtype, masks=self.masks
+        )  # fmt: skip
         write_chosen(folder, self.chosen)
 
 
@@ -234,13 +236,7 @@ def _filled(model: nn.Module, folder: Path | str, info: Mapping[str, Any]) -> nn
 
 def write_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
     """Writes masks; without any, removes what an earlier save left."""
-    from safetensors.torch import save
-
-    if not masks:
-        path.unlink(missing_ok=True)
-        return
-    with replace_file(path) as temporary:
-        temporary.write_bytes(save({n: mask.cpu().contiguous() for n, mask in masks.items()}))
+    replace_files(path.parent, {path.name: masks_as_bytes(masks)})
 
 
 def read_masks(path: Path, model: nn.Module) -> dict[str, Tensor]:

@@ -22,8 +22,9 @@ from prunelm.pruning import (
     Taylor,
 )
 from prunelm.pruning.groups import Method
-from prunelm.study.grid import LINES, Grid, Measuring, Progress, run_grid
+from prunelm.study.grid import LINES, Grid, Measuring, Progress, check_grid, run_grid
 from prunelm.study.report import write_report
+from prunelm.study.results import refuse_other_study
 from prunelm.study.testbed import TestBed, open_testbed
 from prunelm.training.pretrained import ChosenSearch, chosen_search, read_chosen
 
@@ -134,7 +135,9 @@ def run_study(
     bed = open_testbed(
         shipped() if data is None else data, lm=lm, recogniser=recogniser, corpus=corpus, text=text
     )
+    check_grid(bed, grid)
     with prepared(out):
+        refuse_other_study(out, bed.facts)
         bed, alone, fused = choose_searches(bed, out, beam, lm_weight, token_reward, progress)
         measuring = replace(measuring, alone=alone, fused=fused)
         run_grid(bed, grid, out, title=title, measuring=measuring, progress=progress)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from prunelm.data.files import replace_file
 from prunelm.data.runs import prepared, remove_work, work_folder
@@ -24,35 +24,15 @@ from prunelm.metrics.wer import compare, word_error_rate
 from prunelm.models.lm import TransformerLM
 from prunelm.nn import accelerate
 from prunelm.pruning import Finetune, OneShot, Pruner, Result, Taylor, count_parameters
+from prunelm.pruning.budget import parse_target
 from prunelm.pruning.groups import Criterion, Method, Schedule
 from prunelm.pruning.recovery import Recovery
+from prunelm.study.progress import LINES as LINES
+from prunelm.study.progress import Progress as Progress
 from prunelm.study.results import DENSE, NO_LM, Row, open_study, read_row, write_row
 from prunelm.study.testbed import TestBed
 from prunelm.training.pretrained import add_chosen, write_chosen
 
-
-class Progress(Protocol):
-    """Who is told how far things are."""
-
-    def say(self, text: str) -> None:
-        """A line about what was done."""
-
-    def doing(self, text: str) -> None:
-        """What is under way; holds until the next call of either."""
-
-
-class Lines:
-    """Prints a line for each thing done."""
-
-    def say(self, text: str) -> None:
-        """Prints at once."""
-        print(text, flush=True)
-
-    def doing(self, text: str) -> None:
-        """Is silent."""
-
-
-LINES = Lines()
 ALONE = SearchOptions(lm_weight=0.0)
 FUSED = SearchOptions()
 
@@ -151,9 +131,29 @@ def run_grid(
     Raises:
         ValueError: the folder holds another study or is in use, or the models do not fit.
     """
+    check_grid(bed, grid)
     folder = Path(folder)
     with prepared(folder):
         _run_grid(bed, grid, folder, title, measuring, progress)
+
+
+def check_grid(bed: TestBed, grid: Grid) -> None:
+    """ValueError for sizes that are none, do not fall in one run, or are named twice."""
+    dense = count_parameters(bed.lm.model)
+    asked = [parse_target(target, dense) for target in grid.targets]
+    if not asked or (grid.ladder and any(b >= a for a, b in itertools.pairwise(asked))):
+        raise ValueError(
+            f"targets: expected falling sizes, got {', '.join(grid.targets) or 'none'}"
+        )
+    known: set[str] = set()
+    for chain in grid.chains():
+        for target in chain.targets:
+            if chain.key(target) in known:
+                raise ValueError(
+                    "targets, seeds: expected each once, got "
+                    f"{chain.series}, {target}, seed {chain.pruner.seed} twice"
+                )
+            known.add(chain.key(target))
 
 
 def _run_grid(

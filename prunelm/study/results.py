@@ -145,19 +145,25 @@ def open_study(folder: Path | str, title: str, study: Mapping[str, Any]) -> None
     path = Path(folder) / "study.json"
     wanted = json.loads(json.dumps(study))
     if path.exists():
-        found = read_json(path)["study"]
-        for name in [*wanted, *found]:
-            if wanted.get(name) != found.get(name):
-                raise ValueError(
-                    f"{folder}: expected a study with {name} {wanted.get(name)!r}, got one with "
-                    f"{found.get(name)!r}; name another folder or remove this one"
-                )
+        refuse_other_study(folder, {**dict.fromkeys(_head(path)["study"]), **wanted})
         return
     refuse_foreign(folder, _MAKES, path.name)
     from prunelm.study.machine import describe
 
     machine = describe()
     write_json(path, {"format": FORMAT, "title": title, "study": wanted, "machine": machine})
+
+
+def refuse_other_study(folder: Path | str, facts: Mapping[str, Any]) -> None:
+    """As `open_study`, with those facts that are known before any work; nothing is written."""
+    path = Path(folder) / "study.json"
+    found = _head(path)["study"] if path.exists() else {}
+    for name, value in facts.items() if path.exists() else ():
+        if found.get(name) != value:
+            raise ValueError(
+                f"{folder}: expected a study with {name} {value!r}, got one with "
+                f"{shown(repr(found.get(name)))}; name another folder or remove this one"
+            )
 
 
 def write_row(folder: Path | str, key: str, row: Row) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from prunelm.data.files import replace_file, require_file, shown
+from prunelm.data.files import replace_file, replace_files, require_file, shown
 from prunelm.data.tokenizer import Tokenizer
 from prunelm.nn import refuse_accelerated
 
@@ -39,7 +39,7 @@ def save_model(
     *,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes a model that `load_model` reads.
+    """Writes a model that `load_model` reads; where that fails, an earlier save there stays whole.
 
     Args:
         model: a `TransformerLM` or `Transducer`.
@@ -49,6 +49,7 @@ def save_model(
     Raises:
         ValueError: another kind of model, an accelerated one, another vocabulary, or a weight that
             `dtype` cannot hold.
+        OSError: a file cannot be written.
     """
     check_savable(model, tokenizer)
     save_weights(folder, model, model.config.to_dict(), tokenizer, extra, dtype=dtype)  # type: ignore[operator,union-attr]
@@ -79,8 +80,14 @@ def save_weights(
     extra: Mapping[str, Any] | None = None,
     *,
     dtype: torch.dtype | None = None,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """As `save_model`, for any module and also without a tokenizer; `config` are JSON values."""
+    """As `save_model`, for any module and also without a tokenizer.
+
+    Args:
+        config: JSON values.
+        masks: for `masks.safetensors`; without any, those of an earlier save are removed.
+    """
     from safetensors.torch import save
 
     refuse_accelerated(model, "save the original and accelerate what is loaded")
@@ -91,24 +98,29 @@ def save_weights(
         if not bool(stored.isfinite().all()):
             raise ValueError(f"{name}: expected finite weights in {stored.dtype}, got inf or nan")
         weights[name] = stored.contiguous()
-    folder = Path(folder)
-    with replace_file(folder / "model.safetensors") as temporary:
-        temporary.write_bytes(save(weights))  # save_file would make it readable by its owner only
-        digest = _digest(temporary)
-    if tokenizer is not None:
-        tokenizer.save(folder / "tokenizer.model")
-    else:
-        (folder / "tokenizer.model").unlink(missing_ok=True)
+    data = save(weights)
     values = {
         "format": FORMAT,
         "kind": kind_of(model),
         "config": dict(config),
         "tokenizer": tokenizer.fingerprint if tokenizer is not None else None,
-        "weights": digest,
+        "weights": hashlib.sha256(data).hexdigest()[:16],
         "extra": dict(extra or {}),
     }
-    with replace_file(folder / "model.json") as temporary:
-        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    files = {
+        "model.safetensors": data,
+        "tokenizer.model": tokenizer.model if tokenizer is not None else None,
+        "masks.safetensors": masks_as_bytes(masks or {}),
+        "model.json": (json.dumps(values, indent=1) + "\n").encode(),
+    }
+    replace_files(folder, files)
+
+
+def masks_as_bytes(masks: Mapping[str, Tensor]) -> bytes | None:
+    """Masks as a safetensors file holds them, None where there are none."""
+    from safetensors.torch import save
+
+    return save({n: x.cpu().contiguous() for n, x in masks.items()}) if masks else None
 
 
 def load_model(

@@ -31,10 +31,10 @@ def run_facts(
         "model": type(model).__name__,
         **config_facts(model),
         "weights": digest_of(weights),
+        "validation": validated,
         **{name: value for name, value in asdict(options).items() if name not in free},
         "masks": masks_digest(masks),
         "loss": named(loss),
-        "validation": validated,
         "processes": world,
     }
 

@@ -61,7 +61,8 @@ def progress(
             text = f"{describe}  {news(record)}" if news(record) else None
             if "validating" in record:
                 text = f"{describe}  {news(record)}  validating"
-            progress.update(task, completed=int(record["step"]), description=text)
+            done = int(record["step"])
+            progress.update(task, completed=done, description=text, refresh="validating" in record)
 
         yield bar
 
@@ -99,9 +100,10 @@ def stages() -> Iterator[Watch]:
 
         def bar(what: str, done: int, of: int) -> None:
             nonlocal present
-            if what != present or done == 0:
+            begins = what != present
+            if begins:
                 present = what
                 bars.reset(task, total=of, description=what)
-            bars.update(task, completed=done)
+            bars.update(task, completed=done, refresh=begins)
 
         yield bar
