@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu')
 
-SANITIZED = beam_step beam_step_direct block_sparse_linear direct direct_guards low_rank_linear not_finite prefix_tree prefix_tree_misuse rnnt_loss storage tree_attention
+SANITIZED = beam_step beam_step_direct beam_step_dtypes block_patterns block_sparse_linear direct direct_guards low_rank_linear not_finite prefix_tree prefix_tree_misuse rnnt_loss storage tree_attention
 
 .PHONY: build demo test lint sanitize gpu-check bench clean
 

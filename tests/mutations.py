@@ -258,6 +258,44 @@ def _load_result(folder: Path) -> object:
     return load_result(folder).report()
 
 
+def _chosen(folder: Path) -> None:
+    from prunelm.training.pretrained import ChosenSearch, write_chosen
+
+    _lm(folder)
+    weights = json.loads((folder / "model.json").read_text())["weights"]
+    write_chosen(folder, [ChosenSearch("abc", weights, beam, 0.3, 0.5, 0.2, 9) for beam in (4, 8)])
+
+
+def _load_chosen(folder: Path) -> object:
+    from prunelm.training.pretrained import load_lm
+
+    return load_lm(folder).chosen
+
+
+def _journal(folder: Path) -> None:
+    from prunelm.pruning.journal import Entry, Journal
+    from prunelm.pruning.result import Round
+    from prunelm.training.checkpoint import load_model
+
+    _lm(folder.parent / "kept")
+    model, _, _ = load_model(folder.parent / "kept")
+    masks = {name: p > 0 for name, p in model.named_parameters() if p.ndim == 2}
+    journal = Journal(folder)
+    journal.claim(model, {"method": "Elements()"}, [900])
+    record = Round(900, 880, {"element": 20}, 0.1, 3.0, 3.2, 3.1, 9.0, 8.0, 10)
+    journal.write(0, Entry(record, 10, 7.5), model, masks, forget=False)
+
+
+def _load_journal(folder: Path) -> object:
+    from prunelm.pruning.journal import Journal
+    from prunelm.training.checkpoint import load_model
+
+    model, _, _ = load_model(folder.parent / "kept")
+    journal = Journal(folder)
+    journal.claim(model, {"method": "Elements()"}, [900])
+    return journal.read(0), journal.weights(0, model)
+
+
 def _state(folder: Path) -> None:
     import torch
 
@@ -342,6 +380,31 @@ def _load_text(folder: Path) -> object:
     return tokenizer.encode_lines(lines), str(unknown_characters(map(normalise, lines), tokenizer))
 
 
+def _decoded(folder: Path) -> None:
+    _recogniser(folder.parent / "kept")
+    _tone(folder / "a.wav", 0.4)
+
+
+def _decode(folder: Path) -> object:
+    return _run(
+        "decode", "--recogniser", str(folder.parent / "kept"), "--audio", str(folder / "a.wav")
+    )
+
+
+def _run(*words: str) -> int:
+    from prunelm.cli import main
+
+    said, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
+        code = main(words)
+    lines = errors.getvalue().splitlines()
+    assert code in (0, 1, 2), code
+    # What a command says beside its results (settings, resampled audio) are lines, too.
+    assert len(lines) <= 4 and all(line.strip() and line[0] != " " for line in lines), lines
+    assert bool(code) == any(line.startswith("prunelm: error: ") for line in lines), lines
+    return code
+
+
 def _command(name: str, yaml: str) -> Loader:
     def make(folder: Path) -> None:
         kept = folder.parent / "kept"
@@ -351,16 +414,7 @@ def _command(name: str, yaml: str) -> Loader:
         (folder / "config.yaml").write_text(filled)
 
     def load(folder: Path) -> object:
-        from prunelm.cli import main
-
-        said, errors = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
-            code = main([name, "--config", str(folder / "config.yaml")])
-        line = errors.getvalue()
-        assert code in (0, 1, 2), code
-        assert code == 0 or line.startswith("prunelm: "), line
-        assert line.count("\n") == (code != 0), line
-        return code
+        return _run(name, "--config", str(folder / "config.yaml"))
 
     return Loader(make, load, named=False)
 
@@ -378,6 +432,8 @@ LOADERS = {
     "lm": Loader(_lm, _load_model),
     "recogniser": Loader(_recogniser, _load_model),
     "result": Loader(_result, _load_result),
+    "chosen": Loader(_chosen, _load_chosen),
+    "journal": Loader(_journal, _load_journal),
     "state": Loader(_state, _load_state),
     "study": Loader(_study, _load_study),
     "plan": _command(
@@ -385,6 +441,7 @@ LOADERS = {
         "model: KEPT/lm\ntarget: 50%\n"
         "method:\n  class_path: Neurons\n  init_args:\n    min_keep: 2\n",
     ),
+    "decode": Loader(_decoded, _decode),
     "evaluate": _command("evaluate", "lm: KEPT/lm\ntext: KEPT/text.txt\nbeam: 4\nthreads: 1\n"),
 }
 

@@ -316,6 +316,18 @@ def test_accelerated_models_are_copied_saved_and_read() -> None:
         assert torch.equal(twin(x), fast(x))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_wrapped_models_are_accelerated_and_scripts_refused() -> None:
+    model, x = zeroed(nn.Sequential(nn.Linear(64, 48), nn.ReLU())), torch.randn(3, 64)
+    for wrapped in (torch.compile(model, backend="eager"), nn.DataParallel(model)):
+        fast = accelerate(wrapped, dense=True)
+        assert is_accelerated(fast)
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="model: expected a module, got a script of one"):
+        accelerate(torch.jit.script(model))
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_accelerated_models_are_traced_and_exported() -> None:
     model = zeroed(nn.Sequential(nn.Linear(64, 48), nn.ReLU(), LowRankLinear(48, 64, 3)))
     x, other = torch.randn(3, 64), torch.randn(3, 64)
@@ -333,3 +345,15 @@ def test_models_in_a_search_compute_the_same(name: str) -> None:
     hooked[0].register_forward_hook(lambda module, args, y: y + 1)
     with torch.no_grad():
         torch.testing.assert_close(row_independent(hooked)(x), hooked(x), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["weights-read", "encoder-layer-batch-first"])
+def test_modules_that_read_weights_compile_and_export(name: str) -> None:
+    fast, x = accelerate(zeroed(MODELS[name]()), dense=True), torch.randn(3, 5, 64)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        for twin in (
+            torch.compile(fast, fullgraph=True, backend="aot_eager"),
+            torch.export.export(fast, (x,)).module(),
+        ):
+            torch.testing.assert_close(twin(x), fast(x), rtol=1e-4, atol=2e-5)

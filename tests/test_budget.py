@@ -2,6 +2,7 @@
 
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -144,19 +145,45 @@ def test_a_tied_weight_counts_once(count: bool) -> None:
         pytest.param("33.3%", 3_330_000, id="fraction-of-a-percent"),
         pytest.param(123, 123, id="number"),
         pytest.param("123", 123, id="digits"),
+        pytest.param(" 5 M ", 5_000_000, id="spaces"),
+        pytest.param("0.005G", 5_000_000, id="giga"),
+        pytest.param("0.005b", 5_000_000, id="billions"),
+        pytest.param("5,000,000", 5_000_000, id="commas"),
+        pytest.param("5_000_000", 5_000_000, id="underscores"),
+        pytest.param("1e6", 1_000_000, id="exponent"),
+        pytest.param("2.5E+6", 2_500_000, id="exponent-and-fraction"),
+        pytest.param(1e6, 1_000_000, id="float"),
+        pytest.param(np.int64(7), 7, id="numpy"),
+        pytest.param("0.5", 5_000_000, id="share"),
+        pytest.param(".29", 2_900_000, id="share-without-zero"),
+        pytest.param(0.29, 2_900_000, id="float-share"),
+        pytest.param("50 %", 5_000_000, id="percent-and-space"),
+        pytest.param("1.23456k", 1_234, id="rounded-down"),
     ],
 )
 def test_targets(target: str | int, size: int) -> None:
     assert parse_target(target, 10_000_000) == size
 
 
-@pytest.mark.parametrize("target", ["20 MFLOP", "2 ms", "", "M", "-5M", True, None, 1.5])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "20 MFLOP", "2 ms", "", "M", "-5M", True, None, 1.5, "1.5", "5,00", "1,5M", "5.M", "5__0",
+        ".", "nan", "inf", float("nan"), float("inf"), "1e999", "9" * 5000, "5M%", b"5M", [5],
+        "half",
+    ],
+    ids=lambda each: repr(each)[:12],
+)  # fmt: skip
 def test_what_is_no_size_is_refused(target) -> None:
     with pytest.raises(ValueError, match='target: expected "5M", "40%" or a number of parameters'):
         parse_target(target, 100)
 
 
-@pytest.mark.parametrize("target", ["0%", 0, -3, "101%", 101])
+@pytest.mark.parametrize(
+    "target",
+    ["0%", 0, -3, "101%", 101, "0", "0.0", "1e30", 10**5000],
+    ids=lambda each: str(each)[:9] if isinstance(each, str) else f"int-{each % 97}",
+)
 def test_sizes_out_of_range_are_refused(target) -> None:
     with pytest.raises(ValueError, match="target: expected 1 to 100 parameters"):
         parse_target(target, 100)

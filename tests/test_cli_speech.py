@@ -10,6 +10,7 @@ import soundfile
 import torch
 from speech_bed import write_bed
 
+import prunelm
 from prunelm.cli import main, speech
 from prunelm.models.lm import LayerSizes, LMConfig, TransformerLM
 from prunelm.nn import BlockSparseLinear
@@ -204,3 +205,42 @@ def test_one_channel_is_chosen(bed: Path, capsys: pytest.CaptureFixture[str]) ->
     assert mixed != one
     _, err = run(capsys, "decode", "recogniser", "two.wav", "--channel", "2", code=1)
     assert "two.wav: channel: expected 0 to 1, got 2" in err
+
+
+def test_unknown_characters_are_told_and_normalised_on_request(
+    bed: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    Path("clean.txt").write_text("turn on the red door\ndim the old fan\n")
+    Path("raw.txt").write_text("Turn\ton the\u00a0red door!\nDim the old fan.\n")
+    clean = run(capsys, "evaluate", "--lm", "lm", "--text", "clean.txt")[0]
+    assert not caplog.records
+    assert run(capsys, "evaluate", "--lm", "lm", "--text", "raw.txt")[0] != clean
+    (record,) = caplog.records
+    assert "raw.txt: 13.3 % of characters are unknown to the tokenizer, such as" in record.message
+    assert record.message.endswith("; --normalise writes lines as the recogniser does")
+    caplog.clear()
+    assert run(capsys, "evaluate", "--lm", "lm", "--text", "raw.txt", "--normalise")[0] == clean
+    assert not caplog.records
+
+
+def test_pruned_models_inherit_what_was_chosen(
+    bed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, "tune", "recogniser", ".", "--lm", "lm")
+    path = bed / "lm" / "decoding.json"
+    values = json.loads(path.read_text())
+    values["chosen"][0] |= {"lm_weight": 0.7, "token_reward": 2.5}
+    path.write_text(json.dumps(values))
+    run(capsys, "prune", "lm", "80%,60%", "small", "--criterion", "Magnitude")
+    run(capsys, "prune", "small/60pc", "90%", "smaller", "--criterion", "Magnitude")
+    for folder in ("small/80pc", "small/60pc", "smaller"):
+        assert json.loads(Path(folder, "decoding.json").read_text()) == values
+        _, err = run(capsys, "decode", "recogniser", "test0.wav", "--lm", folder)
+        assert "LM weight 0.7, token reward 2.5 (" in err and "with the LM before pruning" in err
+    lm = prunelm.load_lm("lm", accelerated=False)
+    result = prunelm.Pruner(prunelm.Neurons(), prunelm.Magnitude()).run(lm, "80%")
+    result.save("by-hand")
+    assert prunelm.load_lm("by-hand").chosen == lm.chosen
+    assert prunelm.load_lm("by-hand").tokenizer.fingerprint == lm.tokenizer.fingerprint
+    with pytest.raises(ValueError, match="accelerated"):
+        prunelm.Pruner(prunelm.Neurons(), prunelm.Magnitude()).run(prunelm.load_lm("lm"), "80%")

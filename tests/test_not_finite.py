@@ -26,8 +26,12 @@ def same_kind(got: Tensor, want: Tensor) -> None:
 
 
 def through_activation(before: Tensor, activation: str | None) -> Tensor:
-    """In float64: torch's own vectors of float32 make NaN of gelu(inf)."""
-    return activate(before.double(), activation).to(before.dtype)
+    """In float64: torch's own vectors of float32 make NaN of gelu(inf).
+
+    Of -inf torch makes NaN in gelu and silu; the functions go to 0, and so do the kernels.
+    """
+    out = activate(before.double(), activation).to(before.dtype)
+    return out.masked_fill(before == -math.inf, 0) if activation in ("gelu", "silu") else out
 
 
 def _full(N: int, K: int, block: tuple[int, int], dtype: torch.dtype) -> BlockSparse:

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,4 +57,24 @@ def test_options_of_commands_exist(line: list[str]) -> None:
             shown = done.stdout
     assert shown, f"prunelm {line[1]} --help failed"
     for option in [word.split("=")[0] for word in line if word.startswith("--")]:
-        assert option in shown, f"{option} is not in the help of {' '.join(line[:2])}"
+        setting = "." + option.rpartition(".")[2]  # of a class, which the help lists by class
+        assert option in shown or setting in shown, (
+            f"{option} is not in the help of {' '.join(line[:2])}"
+        )
+
+
+@pytest.mark.slow
+def test_commands_run_one_after_the_other(tmp_path: Path) -> None:
+    section = README.split("\n## Commands\n")[1]
+    block = re.search(r"^```sh\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    assert block is not None
+    lines = block.group(1).splitlines()
+    assert len(lines) >= 10
+    shutil.copytree(ROOT / "prunelm" / "demo", tmp_path / "prunelm" / "demo")
+    program = Path(sys.executable).parent / "prunelm"  # so that the folder above is no package
+    for line in lines:
+        words = [str(program), *shlex.split(line, comments=True)[1:]]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    assert (tmp_path / "runs" / "demo" / "report.html").is_file()
+    assert len((tmp_path / "runs" / "nbest.tsv").read_text().splitlines()) > 200

@@ -166,6 +166,18 @@ def test_targets_at_above_and_without_a_size() -> None:
         work.ladder(model, [])
 
 
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_caller_in_inference_mode_gets_the_same(method) -> None:
+    work = Pruner(method, Taylor(batches=2), recovery=Finetune(steps=2))
+    expected, model = work.run(lm(), "60%", data), lm()
+    with torch.inference_mode():
+        result, plan = work.run(model, "60%", data), work.plan(model, "60%", data)
+    assert plan.size == result.rounds[0].size == expected.size
+    for name, parameter in result.model.named_parameters():
+        assert torch.equal(parameter, expected.model.get_parameter(name))
+        assert not parameter.is_inference()
+
+
 @pytest.mark.parametrize("criterion", [Random(), Magnitude(), Taylor(batches=2)], ids=str)
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_a_plan_has_the_numbers_of_the_run(method, criterion) -> None:

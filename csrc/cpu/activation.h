@@ -58,13 +58,12 @@ PRUNELM_INLINE Floats activated(Floats x, Activation activation) {
       return x;
     case Activation::relu:
       return x < 0.0f ? Floats{} : x;
-    // Far below 0 both are 0: nothing that large is multiplied by how far it is. NaN stays, and
-    // -inf becomes NaN, as in torch.
+    // Far below 0 both are 0: nothing that large is multiplied by how far it is. NaN stays.
     case Activation::gelu:
-      x = x < -20.0f ? (x - x) - 20.0f : x;
+      x = x < -20.0f ? Floats{} - 20.0f : x;
       return 0.5f * x * (1.0f + erf_of(x * 0.70710678f));
     case Activation::silu: {
-      x = x < -87.0f ? (x - x) - 87.0f : x;
+      x = x < -87.0f ? Floats{} - 87.0f : x;
       return x / (1.0f + exp_of(-(x > 87.0f ? Floats{} + 87.0f : x)));
     }
   }
@@ -78,10 +77,10 @@ PRUNELM_INLINE double activated(double x, Activation activation) {
     case Activation::relu:
       return x < 0 ? 0 : x;
     case Activation::gelu:
-      x = x < -40 ? (x - x) - 40 : x;
+      x = x < -40 ? -40 : x;
       return 0.5 * x * (1 + erf(x * 0.70710678118654752));
     case Activation::silu:
-      x = x < -700 ? (x - x) - 700 : x;
+      x = x < -700 ? -700 : x;
       return x / (1 + exp(-x));
   }
   return x;

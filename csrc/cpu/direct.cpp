@@ -205,7 +205,7 @@ bool DirectWeight::read(PyObject* const* given) {
   }
   const int64_t bn = values.shape[1], bk = values.shape[2];
   nnz = values.shape[0];
-  if (bn < 1 || bk < 1 || std::max({nnz, bn, bk}) > INT32_MAX) return false;
+  if (bn < 1 || bk < 1 || std::max({nnz, bn, bk}) > INT32_MAX || bn * bk > INT32_MAX) return false;
   view = {values.data,
           number,
           static_cast<const int32_t*>(crow.data),

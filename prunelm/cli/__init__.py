@@ -90,8 +90,13 @@ def run(words: Sequence[str]) -> int:
         command(name.split()[1], rest)  # the benchmarks have options of their own
         return 0
     arguments = parse(f"prunelm {name}", summary, command, rest)
-    if arguments is not None:
+    if arguments is None:
+        return 0
+    try:
         command(**arguments)
+    except (ValueError, OSError) as error:
+        arguments.locate(error)
+        raise
     return 0
 
 
@@ -170,5 +175,7 @@ def _forget_output() -> None:
 
 
 def _say(text: str, code: int) -> int:
-    print(f"prunelm: {text}", file=sys.stderr)
+    # Names of files and options may hold what a terminal would obey.
+    shown = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+    print(f"prunelm: {shown}", file=sys.stderr)
     return code

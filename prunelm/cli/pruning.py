@@ -12,6 +12,7 @@ from torch import nn
 
 from prunelm.cli.arguments import Sizes
 from prunelm.cli.numbers import at_least
+from prunelm.cli.texts import known_lines
 from prunelm.data.files import require_file
 from prunelm.data.runs import (
     RUN,
@@ -23,10 +24,8 @@ from prunelm.data.runs import (
     remove_work,
     work_folder,
 )
-from prunelm.data.text import TokenBatches, read_lines
-from prunelm.data.tokenizer import Tokenizer
+from prunelm.data.text import TokenBatches, text_batches
 from prunelm.metrics.perplexity import perplexity
-from prunelm.models.lm import TransformerLM
 from prunelm.pruning import (
     Blocks,
     Elements,
@@ -44,9 +43,9 @@ from prunelm.pruning import (
 from prunelm.pruning import groups as protocols
 from prunelm.pruning.recovery import Recovery
 from prunelm.pruning.result import Result, load_result, read_masks
-from prunelm.study.testbed import text_batches
-from prunelm.training.checkpoint import MODEL_FILES, load_model
+from prunelm.training.checkpoint import MODEL_FILES
 from prunelm.training.facts import masks_digest
+from prunelm.training.pretrained import LoadedLM, LoadedRecogniser, load_pretrained
 from prunelm.training.progress import Watch, stages
 
 AMethod = Heads | Neurons | Blocks | LowRank | Elements | protocols.Method
@@ -72,6 +71,7 @@ def prune(
     seed: int = 0,
     batch: int = 32,
     length: int = 96,
+    normalise: bool = False,
     fp16: bool = False,
     threads: int | None = None,
 ) -> None:
@@ -92,6 +92,8 @@ def prune(
         seed: equal seeds give equal results.
         batch: rows of tokens in a batch of text.
         length: tokens in a row.
+        normalise: write text and valid as the recogniser does: lower-case words of a to z and
+            inner apostrophes.
         fp16: store the weights as float16.
         threads: of torch; by default its own choice.
     """
@@ -107,8 +109,7 @@ def prune(
     for name, path in (("text", text), ("valid", valid)):
         if path is not None:
             require_file(name, path)
-    dense, tokenizer, info = load_model(model)
-    masks = read_masks(model / "masks.safetensors", dense)
+    dense = load_pretrained(model, accelerated=False)
     pruner = Pruner(joined(method), criterion, schedule, recovery, seed)
     facts = {
         "kind": "prune",
@@ -116,11 +117,13 @@ def prune(
         "valid": file_fact(valid) if valid is not None else None,
         "batch": batch if text is not None else None,
         "length": length if text is not None else None,
-        "tokenizer": tokenizer.fingerprint,
+        "normalise": normalise,
+        "tokenizer": dense.tokenizer.fingerprint,
     }
     whole = {
         **pruner.settings(), "target": ", ".join(targets), **facts, "fp16": fp16,
-        "model": info["weights"], "masks": masks_digest(masks),
+        "model": dense.weights,
+        "masks": masks_digest(read_masks(model / "masks.safetensors", dense.model)),
     }  # fmt: skip
     results: list[Result] = []
     with stages() as watch, prepared(out):
@@ -132,16 +135,16 @@ def prune(
         else:
             claim(out, whole)
             work = work_folder(out)
-            data = _batches(text, dense, tokenizer, work, batch, length, seed)
+            data = _batches(text, dense, work, batch, length, seed, normalise)
 
             def save(result: Result) -> None:
                 to = places[len(results)]
-                result.save(to, tokenizer, dtype=torch.float16 if fp16 else None)
+                result.save(to, dtype=torch.float16 if fp16 else None)
                 results.append(result)
 
             pruner.ladder(
-                dense, targets, data, validate=_validation(valid, dense, tokenizer, watch),
-                masks=masks, folder=work, facts=facts, watch=watch, finished=save,
+                dense, targets, data, validate=_validation(valid, dense, watch, normalise),
+                folder=work, facts=facts, watch=watch, finished=save,
             )  # fmt: skip
             remove_work(out)
     for to, result in zip(places, results, strict=True):
@@ -156,6 +159,7 @@ def plan(
     criterion: ACriterion = TAYLOR,
     batch: int = 32,
     length: int = 96,
+    normalise: bool = False,
 ) -> None:
     """Says what one shot of pruning would take; nothing is written.
 
@@ -167,15 +171,14 @@ def plan(
         criterion: what losing it would cost.
         batch: rows of tokens in a batch of text.
         length: tokens in a row.
+        normalise: write text and valid as the recogniser does: lower-case words of a to z and
+            inner apostrophes.
     """
     at_least(1, {"batch": batch, "length": length})
-    dense, tokenizer, _ = load_model(model)
-    masks = read_masks(model / "masks.safetensors", dense)
+    dense = load_pretrained(model, accelerated=False)
     with tempfile.TemporaryDirectory() as folder, stages() as watch:
-        data = _batches(text, dense, tokenizer, Path(folder), batch, length, 0)
-        planned = Pruner(joined(method), criterion).plan(
-            dense, target, data, masks=masks, watch=watch
-        )
+        data = _batches(text, dense, Path(folder), batch, length, 0, normalise)
+        planned = Pruner(joined(method), criterion).plan(dense, target, data, watch=watch)
     if not planned.reachable:
         raise ValueError(planned.advice)
     print(planned)
@@ -219,26 +222,29 @@ def set_threads(threads: int | None) -> None:
 
 def _batches(
     text: Path | None,
-    model: nn.Module,
-    tokenizer: Tokenizer,
+    model: LoadedLM | LoadedRecogniser,
     folder: Path,
     batch: int,
     length: int,
     seed: int,
+    normalise: bool,
 ) -> TokenBatches | None:
     if text is None:
         return None
     _insist_on_lm("text", model)
-    return text_batches(text, tokenizer, folder, batch=batch, length=length, seed=seed)
+    known_lines(text, model.tokenizer, normalise)
+    return text_batches(
+        text, model.tokenizer, folder, batch=batch, length=length, seed=seed, normalised=normalise
+    )
 
 
 def _validation(
-    valid: Path | None, model: nn.Module, tokenizer: Tokenizer, watch: Watch
+    valid: Path | None, model: LoadedLM | LoadedRecogniser, watch: Watch, normalise: bool
 ) -> Callable[[nn.Module], float] | None:
     if valid is None:
         return None
     _insist_on_lm("valid", model)
-    lines = read_lines(valid)
+    lines, tokenizer = known_lines(valid, model.tokenizer, normalise), model.tokenizer
 
     def progress(done: int, of: int) -> None:
         watch("perplexity of valid", done, of)
@@ -246,6 +252,6 @@ def _validation(
     return lambda pruned: perplexity(pruned, lines, tokenizer, progress=progress).per_word
 
 
-def _insist_on_lm(name: str, model: nn.Module) -> None:
-    if not isinstance(model, TransformerLM):
+def _insist_on_lm(name: str, model: LoadedLM | LoadedRecogniser) -> None:
+    if not isinstance(model, LoadedLM):
         raise ValueError(f"{name}: expected a language model to go with it, got a recogniser")

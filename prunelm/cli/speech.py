@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal, TextIO, TypeVar
 
 from prunelm.cli.pruning import set_threads
+from prunelm.cli.texts import known_lines
 from prunelm.data.files import replace_file
 from prunelm.data.speech import Utterance, load_corpus
-from prunelm.data.text import read_lines
 from prunelm.data.tokenizer import Tokenizer
 from prunelm.decoding.transcribe import (
     SearchOptions,
@@ -32,6 +32,7 @@ from prunelm.training.pretrained import (
     load_lm,
     load_recogniser,
 )
+from prunelm.training.progress import stages
 
 Kind = Literal["manifest", "librispeech", "an4", "ljspeech"]
 Auto = float | Literal["auto"]
@@ -49,6 +50,7 @@ def evaluate(
     token_reward: Auto = "auto",
     beam: int = 4,
     channel: int | None = None,
+    normalise: bool = False,
     out: Path | None = None,
     threads: int | None = None,
 ) -> None:
@@ -66,6 +68,8 @@ def evaluate(
         token_reward: added to the score for each token; auto takes what was chosen, or 0.
         beam: hypotheses kept by the search; 0 is greedy search.
         channel: of recordings with several, counted from 0; by default their mean.
+        normalise: write the text as the recogniser does: lower-case words of a to z and inner
+            apostrophes.
         out: a JSON file for the numbers.
         threads: of torch; by default its own choice.
     """
@@ -77,7 +81,7 @@ def evaluate(
     if text is not None:
         if model is None:
             raise ValueError("lm: expected a folder to go with the text, got none")
-        found["lm"] = _predict(model, text)
+        found["lm"] = _predict(model, text, normalise)
     if corpus is not None:
         if recogniser is None:
             raise ValueError("recogniser: expected a folder to go with the corpus, got none")
@@ -234,9 +238,14 @@ def _options(
     return options
 
 
-def _predict(lm: LoadedLM, text: Path) -> dict[str, Any]:
+def _predict(lm: LoadedLM, text: Path, normalise: bool) -> dict[str, Any]:
     plain = load_lm(lm.folder, accelerated=False).model
-    found = perplexity(lm.model, read_lines(text), lm.tokenizer)
+    lines = known_lines(text, lm.tokenizer, normalise)
+    with stages() as watch:
+        found = perplexity(
+            lm.model, lines, lm.tokenizer,
+            progress=lambda done, of: watch(f"perplexity of {text.name}", done, of),
+        )  # fmt: skip
     size = count_parameters(plain, read_masks(lm.folder / "masks.safetensors", plain))
     flops = flops_per_token(plain, 32, zeros=False)
     print(f"parameters           {size:,}")

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,19 +12,20 @@ from torch import Tensor, nn
 
 from prunelm.cli.numbers import above_zero, at_least, fraction
 from prunelm.cli.pruning import set_threads
+from prunelm.cli.texts import known_lines, warn_of_unknown, written_lines
 from prunelm.data.files import require_file
 from prunelm.data.manifest import Utterance
 from prunelm.data.runs import file_fact, prepared, refuse_other_run, work_folder
 from prunelm.data.speech import hold_out_speakers, load_corpus
 from prunelm.data.speech_batches import Augmentation, SpeechBatches
-from prunelm.data.text import TokenBatches, read_lines
+from prunelm.data.text import TokenBatches, cached_token_ids
 from prunelm.data.tokenizer import Tokenizer
 from prunelm.decoding.transcribe import SearchOptions, best_words, encode, search
 from prunelm.metrics.perplexity import perplexity
 from prunelm.metrics.wer import word_error_rate
 from prunelm.models.lm import LayerSizes, LMConfig, TransformerLM
 from prunelm.models.transducer import Transducer, TransducerConfig
-from prunelm.study.testbed import speech_digest, token_ids
+from prunelm.study.testbed import speech_digest
 from prunelm.training.checkpoint import copy_weights, load_model, read_info, untied_weights
 from prunelm.training.loop import TRAINED_FILES, TrainOptions, train
 from prunelm.training.recogniser import TransducerLoss
@@ -53,6 +55,7 @@ def train_lm(
     units: Literal["unigram", "char"] = "unigram",
     batch: int = 32,
     length: int = 128,
+    normalise: bool = False,
     options: TrainOptions = LM_OPTIONS,
     threads: int | None = None,
 ) -> None:
@@ -76,6 +79,8 @@ def train_lm(
         units: of a new tokenizer.
         batch: rows of tokens in a batch, on each process.
         length: tokens in a row.
+        normalise: write text and valid as recognisers do: lower-case words of a to z and inner
+            apostrophes.
         options: how long and how fast.
         threads: of torch; by default its own choice.
     """
@@ -99,11 +104,15 @@ def train_lm(
             "valid": file_fact(valid) if valid is not None else None,
             "batch": batch,
             "length": length,
+            "normalise": normalise,
             **vocabulary_facts(tokenizer, vocab_size, units),
         }
         refuse_other_run(out, facts, makes=TRAINED_FILES)
         work = work_folder(out)
-        pieces = chosen_tokenizer(lambda: read_lines(text), work, tokenizer, vocab_size, units)
+        source = partial(written_lines, text, normalise)
+        pieces = chosen_tokenizer(source, work, tokenizer, vocab_size, units)
+        if tokenizer is not None:
+            warn_of_unknown(source(), pieces, text, normalise)
         torch.manual_seed(options.seed)
         start = LMConfig.preset(preset, pieces.vocab_size)
         size = LayerSizes(heads or start.layers[0].heads, ff or start.layers[0].ff)
@@ -112,9 +121,9 @@ def train_lm(
             (size,) * (layers or len(start.layers)), dropout,
         )  # fmt: skip
         model = TransformerLM(config)
-        ids = token_ids(text, pieces, work)
+        ids = cached_token_ids(text, pieces, work, normalised=normalise)
         batches = TokenBatches(ids, pieces, batch, length, options.seed, rank, world)
-        lines = read_lines(valid) if valid is not None else []
+        lines = known_lines(valid, pieces, normalise) if valid is not None else []
         history = train(
             model, batches, lm_loss, options,
             folder=out,

@@ -1,5 +1,6 @@
 """Lines of text, the form in which recognisers write them, and token ids for training an LM."""
 
+import hashlib
 import json
 import re
 import unicodedata
@@ -201,3 +202,41 @@ class TokenBatches:
         if len(starts):
             begin = before + int(starts[-1])
         return self.source.ids[begin : begin + self.length + 1]
+
+
+def text_batches(
+    text: Path | str,
+    tokenizer: Tokenizer,
+    folder: Path | str,
+    *,
+    batch: int,
+    length: int,
+    seed: int = 0,
+    normalised: bool = False,
+) -> TokenBatches:
+    """Random rows of a text for training, scoring and recovery.
+
+    Args:
+        text: lines, plain or .gz.
+        folder: takes the text's token ids, unless it has them from an earlier call.
+        batch, length: rows, and tokens in a row.
+        normalised: whether lines are written as recognisers write them, see `normalise`.
+    """
+    path = cached_token_ids(text, tokenizer, folder, normalised=normalised)
+    return TokenBatches(path, tokenizer, batch, length, seed)
+
+
+def cached_token_ids(
+    text: Path | str, tokenizer: Tokenizer, folder: Path | str, *, normalised: bool = False
+) -> Path:
+    """The file in `folder` that holds a text's token ids, written unless it is there."""
+    text = require_file("text", text)
+    with text.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    kind = "-normalised" if normalised else ""
+    name = f"{text.name.split('.')[0]}-{tokenizer.fingerprint}-{digest}{kind}.bin"
+    path = Path(folder) / name
+    if not path.with_suffix(".json").is_file():
+        lines = read_lines(text)
+        write_token_ids(map(normalise, lines) if normalised else lines, tokenizer, path)
+    return path

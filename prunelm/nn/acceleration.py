@@ -50,8 +50,12 @@ def accelerate(
             do not lose more than 3 %.
 
     Raises:
-        ValueError: rows is empty or holds a number below 1.
+        ValueError: rows is empty or holds a number below 1, or the model is a script.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            "model: expected a module, got a script of one; accelerate it before torch.jit.trace"
+        )
     if not rows or min(rows) < 1:
         raise ValueError(f"rows: expected numbers of at least 1, got {list(rows)}")
     fast = copied(model).eval()

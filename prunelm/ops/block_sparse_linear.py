@@ -71,7 +71,7 @@ def block_sparse_linear(
     if x.dim() < 1 or x.shape[-1] != K:
         raise ValueError(f"x: expected [..., {K}], got {list(x.shape)}")
     values, device = weight.values, x.device.type
-    if x.is_nested or (backend is None and in_onnx_export()):
+    if backend is None and in_onnx_export():
         return block_sparse_linear_reference(x, weight, bias, activation)
     if torch.is_autocast_enabled(device):
         x, values, bias = autocast(x, values, bias)

@@ -73,7 +73,7 @@ def low_rank_linear(
             )  # fmt: skip
             if y is not None:
                 return y
-        if x.is_nested or (backend is None and in_onnx_export()):
+        if backend is None and in_onnx_export():
             plain = (down.to_dense(), up.to_dense())
             return low_rank_linear_reference(x, *plain, bias, activation)
         return _through_blocks(x, down, up, bias, activation_code(activation), backend)
@@ -81,7 +81,7 @@ def low_rank_linear(
         raise ValueError("down, up: expected both in blocks or none, got one")
     check_tensors(x=x, down=down, up=up, bias=bias)
     code, thin, wide, device = activation_code(activation), down, up, x.device.type
-    if x.is_nested or (backend is None and in_onnx_export()):
+    if backend is None and in_onnx_export():
         return low_rank_linear_reference(x, down, up, bias, activation)
     if torch.is_autocast_enabled(device):
         x, thin, wide, bias = autocast(x, thin, wide, bias)

@@ -52,7 +52,9 @@ def check_one_device(tensors: Mapping[str, Tensor | None]) -> None:
 
 def can_look_at(*tensors: Tensor) -> bool:
     """Whether numbers may be looked at: no tracing, no transform, no wait for another device."""
-    if is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    if torch._C._are_functorch_transforms_active():
         return False
     plain = (Tensor, torch.nn.Parameter)
     return all(type(tensor) in plain and tensor.device.type == "cpu" for tensor in tensors)

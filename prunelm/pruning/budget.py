@@ -202,5 +202,5 @@ def unreachable(
     return (
         f"target: expected at least {smallest(model, groups, masks):,} parameters, the smallest "
         f"that {', '.join(sorted(kinds))} groups can reach, got {target:,}; to get lower: "
-        f"{', '.join(ways)}"
+        f"{', '.join(ways)}" + (f'; did you mean "{target}%"?' if target <= 100 else "")
     )

@@ -84,7 +84,10 @@ class Journal:
         device = next(model.parameters()).device
         numbers = _read_json(self._round(position) / "round.json").get("numbers", {})
         state = {name: tensor.to(device) for name, tensor in state.items()}
-        smaller = resize(model, state, numbers)
+        try:
+            smaller = resize(model, state, numbers)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: {error}") from None
         masks = read_masks(self._round(position) / "masks.safetensors", smaller)
         return smaller, {name: mask.to(device) for name, mask in masks.items()}
 

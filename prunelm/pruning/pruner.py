@@ -30,15 +30,17 @@ from prunelm.pruning.groups import Criterion, Groups, Method, Schedule
 from prunelm.pruning.journal import Entry, Journal
 from prunelm.pruning.plan import Plan as Plan
 from prunelm.pruning.recovery import Recovery, Wound
-from prunelm.pruning.result import Result, Round
+from prunelm.pruning.result import Result, Round, read_masks
 from prunelm.pruning.schedulers import OneShot
 from prunelm.pruning.selection import choose
 from prunelm.pruning.words import in_words
 from prunelm.training.checkpoint import check_vocabulary
 from prunelm.training.facts import config_facts, masks_digest
+from prunelm.training.pretrained import ChosenSearch, LoadedLM, LoadedRecogniser
 from prunelm.training.progress import Watch
 from prunelm.training.unwrapping import unwrapped
 
+Source = nn.Module | LoadedLM | LoadedRecogniser
 Validate = Callable[[nn.Module], float]
 _REPORT_BATCHES = 8  # for the losses in a report, where the criterion needs no data
 
@@ -63,7 +65,7 @@ class Pruner:
 
     def run(
         self,
-        model: nn.Module,
+        model: Source,
         target: str | int,
         data: Data | None = None,
         *,
@@ -78,14 +80,16 @@ class Pruner:
         """A copy of `model` with at most `target` parameters, and as near as groups allow.
 
         Args:
-            model: also inside `torch.compile` or DistributedDataParallel; the result is not.
+            model: from `prunelm.load_lm(folder, accelerated=False)`, whose tokenizer, masks and
+                chosen search go with it; or any module, also inside `torch.compile` or
+                DistributedDataParallel (the result is not).
             target: "5M", "40%" of the present size, or a number of parameters.
             data: step -> batch, a pure function, such as `TokenBatches`; any batch that `loss`
                 takes, see `calibration.samples_in` for what it weighs.
             loss: (model, batch) -> mean loss; by default the model's own.
             validate: a metric to report, lower is better, such as perplexity.
-            tokenizer: what `Result.save` puts beside the model.
-            masks: of an earlier result, whose zeros stay.
+            tokenizer: what `Result.save` puts beside the model; None: the loaded model's own.
+            masks: of an earlier result, whose zeros stay; None: the loaded model's own.
             folder: takes the state after each round; a later call with the same arguments resumes,
                 one with any other is refused. One process at a time works in it.
             facts: JSON values that shape the result and that this method cannot see, such as
@@ -106,7 +110,7 @@ class Pruner:
 
     def ladder(
         self,
-        model: nn.Module,
+        model: Source,
         targets: Sequence[str | int],
         data: Data | None = None,
         *,
@@ -131,7 +135,7 @@ class Pruner:
             ValueError: as for `run`, or targets that do not fall; says at which target a run of
                 several stopped.
         """
-        model = unwrapped(model)
+        model, tokenizer, masks, chosen = _opened(model, tokenizer, masks)
         _refuse(model)
         if isinstance(targets, str | int):
             raise ValueError(f"targets: expected a list of sizes, got {targets!r}")
@@ -140,25 +144,25 @@ class Pruner:
         if not asked or any(b >= a for a, b in itertools.pairwise(asked)):
             raise ValueError(f"targets: expected falling sizes, got {list(targets)}")
         check_vocabulary(config_facts(model), tokenizer)
-        self._refuse_unreachable(model, masks or {}, asked[-1])
+        self._refuse_unreachable(model, masks, asked[-1])
         journal = Journal(Path(folder) if folder is not None else None)
         results: list[Result] = []
-        with torch.random.fork_rng(devices=[]), journal.hold():
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), journal.hold():
             own = {
-                **self.settings(), "targets": asked, "masks": masks_digest(masks or {}),
+                **self.settings(), "targets": asked, "masks": masks_digest(masks),
                 "loss": named(loss), "data": data is not None, "validation": validate is not None,
                 "processes": process_count(),
             }  # fmt: skip
             journal.claim(model, {**own, **(facts or {})})
             evidence = Calibration(data, loss)
-            run = _Run(self, model, evidence, validate, masks or {}, journal, watch)
+            run = _Run(self, model, evidence, validate, masks, journal, watch)
             for target, size in zip(targets, asked, strict=True):
                 try:
                     run.descend(size, f"{target}, " if len(asked) > 1 else "")
                 except (ValueError, OSError) as error:
                     _name_target(error, targets, len(results))
                     raise
-                result = run.result(target, size, tokenizer)
+                result = replace(run.result(target, size, tokenizer), chosen=chosen)
                 results.append(result)
                 if folder is not None and tokenizer is not None and is_main_process():
                     result.save(Path(folder) / f"size-{size}")
@@ -168,7 +172,7 @@ class Pruner:
 
     def plan(
         self,
-        model: nn.Module,
+        model: Source,
         target: str | int,
         data: Data | None = None,
         *,
@@ -181,12 +185,12 @@ class Pruner:
         Without data a data-driven criterion is replaced by `Magnitude()`: sizes hold, places are
         an estimate.
         """
-        model = unwrapped(model)
+        model, _, masks, _ = _opened(model, None, masks)
         _refuse(model)
-        masks = masks or {}
         dense_size = count_parameters(model, masks)
         asked = parse_target(target, dense_size)
-        prepared = self.method.prepare(model)
+        with torch.inference_mode(False):  # for gradients of what is made here
+            prepared = self.method.prepare(model)
         groups = self.method.groups(prepared, masks)
         least = smallest(prepared, groups, masks)
         if least > asked:
@@ -194,7 +198,8 @@ class Pruner:
             return Plan(target, asked, least, dense_size, least, {}, {}, advice)
         criterion = self.criterion if data or not self.criterion.batches else Magnitude()
         evidence = Calibration(data, loss, _seed(self.seed, 0), watch)
-        scores = criterion.score(prepared, groups, evidence)
+        with torch.inference_mode(False):
+            scores = criterion.score(prepared, groups, evidence)
         keep = choose(prepared, groups, scores, masks, asked)
         size = Ledger(prepared, groups, masks).size(keep)
         places = {
@@ -352,6 +357,18 @@ class _Run:
 def _seed(seed: int, position: int) -> int:
     """The seed of the round at `position`."""
     return (seed * 1009 + position) % 2**20
+
+
+def _opened(
+    model: Source, tokenizer: Tokenizer | None, masks: Mapping[str, Tensor] | None
+) -> tuple[nn.Module, Tokenizer | None, Mapping[str, Tensor], tuple[ChosenSearch, ...]]:
+    """The module, and what goes with it."""
+    if isinstance(model, nn.Module):
+        return unwrapped(model), tokenizer, masks or {}, ()
+    _refuse(model.model)
+    if masks is None:
+        masks = read_masks(model.folder / "masks.safetensors", model.model)
+    return model.model, tokenizer or model.tokenizer, masks, model.chosen
 
 
 def _refuse(model: nn.Module) -> None:

@@ -23,6 +23,7 @@ from prunelm.training.checkpoint import (
     save_weights,
     untied_weights,
 )
+from prunelm.training.pretrained import ChosenSearch, read_chosen, write_chosen
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Result:
         rounds: all rounds since the dense model.
         settings: method, criterion, schedule and recovery, in words.
         metric_dense: what `validate` said of the dense model.
+        tokenizer: the model's.
+        chosen: search settings that were chosen with the model that it was made from.
     """
 
     model: nn.Module
@@ -79,6 +82,7 @@ class Result:
     settings: Mapping[str, str]
     metric_dense: float | None = None
     tokenizer: Tokenizer | None = field(default=None, repr=False)
+    chosen: tuple[ChosenSearch, ...] = ()
 
     @property
     def metric(self) -> float | None:
@@ -127,7 +131,7 @@ class Result:
         *,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Writes model.safetensors, tokenizer.model, masks.safetensors if any, and model.json.
+        """Writes model.safetensors, tokenizer.model, model.json, and masks and search if any.
 
         `training.checkpoint.load_model` reads a language model or a recogniser that was saved with
         its tokenizer; `load_result` reads everything, a module of another make into one that the
@@ -149,6 +153,7 @@ class Result:
         save_weights(
             folder, self.model, config, tokenizer, extra, dtype=dtype, masks=self.masks
         )  # fmt: skip
+        write_chosen(folder, self.chosen)
 
 
 def load_result(folder: Path | str, model: nn.Module | None = None) -> Result:
@@ -196,6 +201,7 @@ def load_result(folder: Path | str, model: nn.Module | None = None) -> Result:
             rounds=rounds,
             settings=values["settings"],
             metric_dense=values["metric_dense"],
+            chosen=read_chosen(folder),
         )
         result.report()
     except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError) as error:

@@ -21,7 +21,7 @@ from typing import Any
 
 from prunelm.data.runs import digest_of
 from prunelm.data.speech import Utterance, load_corpus
-from prunelm.data.text import TokenBatches, read_lines, write_token_ids
+from prunelm.data.text import TokenBatches, read_lines, text_batches
 from prunelm.data.tokenizer import Tokenizer
 from prunelm.training.pretrained import LoadedLM, LoadedRecogniser, load_lm, load_recogniser
 
@@ -115,23 +115,6 @@ def speech_digest(utterances: Sequence[Utterance]) -> str:
     """12 hex digits that change with what a corpus says of utterances and recordings' sizes."""
     rows = [[u.id, u.text, u.seconds, u.speaker, u.audio_path.stat().st_size] for u in utterances]
     return digest_of(rows)
-
-
-def text_batches(
-    text: Path, tokenizer: Tokenizer, folder: Path | str, *, batch: int, length: int, seed: int
-) -> TokenBatches:
-    """Random rows of a text, whose token ids are written to `folder` unless they are there."""
-    return TokenBatches(token_ids(text, tokenizer, folder), tokenizer, batch, length, seed)
-
-
-def token_ids(text: Path, tokenizer: Tokenizer, folder: Path | str) -> Path:
-    """The file in `folder` that holds a text's token ids, written unless it is there."""
-    if not text.is_file():
-        raise FileNotFoundError(f"text: expected a file, got {text}")
-    path = Path(folder) / f"{text.name.split('.')[0]}-{tokenizer.fingerprint}-{_digest(text)}.bin"
-    if not path.with_suffix(".json").is_file():
-        write_token_ids(read_lines(text), tokenizer, path)
-    return path
 
 
 def _text(folder: Path, name: str) -> Path:

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from prunelm.data.files import replace_file, replace_files, require_file, shown
 from prunelm.data.tokenizer import Tokenizer
@@ -188,7 +189,7 @@ def build_model(folder: Path | str, info: Mapping[str, Any]) -> nn.Module:
     try:
         config = getattr(module, config_name).from_dict(info["config"])
         # Without memory, so that a config of another size is refused before any is taken.
-        with torch.device("meta"):
+        with torch.device("meta"), _Unfilled():
             check_weights(getattr(module, model_name)(config), weights, str(source))
     except (KeyError, TypeError, OverflowError, AttributeError, RuntimeError, ValueError) as error:
         if str(source) in str(error):
@@ -197,6 +198,18 @@ def build_model(folder: Path | str, info: Mapping[str, Any]) -> nn.Module:
     model: nn.Module = getattr(module, model_name)(config)
     copy_weights(model, weights, str(source))
     return model.eval()
+
+
+class _Unfilled(TorchFunctionMode):
+    """Has `torch.nn.init` do nothing: for weights without memory, it would import the compiler."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
 
 
 def untied_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from prunelm.data.tokenizer import Tokenizer
 from prunelm.models.lm import TransformerLM
 from prunelm.models.transducer import Transducer
 from prunelm.nn import accelerate
-from prunelm.training.checkpoint import load_model
+from prunelm.training.checkpoint import load_model, read_info
 
 FORMAT = 1
 CHOSEN = "decoding.json"
@@ -103,6 +103,13 @@ def load_recogniser(
     """A recogniser, ready to decode; arguments and errors as for `load_lm`."""
     model, own, weights, chosen = _load(folder, "transducer", tokenizer, accelerated)
     return LoadedRecogniser(cast(Transducer, model), own, weights, chosen, Path(folder))
+
+
+def load_pretrained(folder: Path | str, *, accelerated: bool = True) -> LoadedLM | LoadedRecogniser:
+    """Whichever of the two a folder holds; arguments and errors as for `load_lm`."""
+    kind = read_info(folder)["kind"]
+    load = load_recogniser if kind == "transducer" else load_lm
+    return load(folder, accelerated=accelerated)
 
 
 def _load(

@@ -1,5 +1,6 @@
 """Shows how far a run is."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -68,7 +69,7 @@ def progress(
 
 @contextmanager
 def stages() -> Iterator[Watch]:
-    """Yields a `Watch`: a bar for the present stage on a terminal, else a line every 10 s."""
+    """Yields a `Watch`: a bar for each stage on a terminal, a line every 10 s elsewhere."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -87,7 +88,7 @@ def stages() -> Iterator[Watch]:
             now = time.monotonic()
             if now - said >= _SECONDS:
                 said = now
-                print(f"{what} {done:,}/{of:,}  {now - begin:.0f} s", flush=True)
+                print(f"{what} {done:,}/{of:,}  {now - begin:.0f} s", file=sys.stderr, flush=True)
 
         yield line
         return

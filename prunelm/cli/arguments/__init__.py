@@ -5,7 +5,7 @@ option for each field (`--options.steps`); one that is a union of dataclasses is
 classes (`--method 'Heads|Neurons' --method.multiple_of 8`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from prunelm.cli import UsageError
@@ -21,9 +21,23 @@ from prunelm.cli.arguments.yaml_file import read_file
 __all__ = ["Commas", "Sizes", "argument_helps", "parse"]
 
 
+class Arguments(dict[str, Any]):
+    """Keyword arguments by name; `places` says which of them a file gave, and on which line."""
+
+    def __init__(self, values: Mapping[str, Any], places: Mapping[str, str]) -> None:
+        super().__init__(values)
+        self.places = places
+
+    def locate(self, error: Exception) -> None:
+        """Puts file and line before "name: expected ..." where a file gave that argument."""
+        place = self.places.get(str(error).split(":")[0].split(".")[0], "")
+        if place and len(error.args) == 1:
+            error.args = (f"{place}{error}",)
+
+
 def parse(
     program: str, summary: str, command: Callable[..., None], words: Sequence[str]
-) -> dict[str, Any] | None:
+) -> Arguments | None:
     """Keyword arguments for `command`; None where the user asked for help, which is printed.
 
     Raises:
@@ -46,7 +60,7 @@ def parse(
         else:
             line.put(option, given)
     tree = line.root.over(files)
-    builder = Builder(allowed, program)
+    builder = Builder(allowed)
     values = {
         name: builder.value(parameter, tree.parts.get(name, Tree()), name)
         for name, parameter in parameters.items()
@@ -54,12 +68,22 @@ def parse(
     if builder.missing:
         names = ", ".join(f"--{name}" for name in builder.missing)
         raise UsageError(f"{names}: expected a value, got none; see {program} --help")
-    return values
+    return Arguments(values, {name: _place(each) for name, each in tree.parts.items()})
+
+
+def _place(tree: Tree) -> str:
+    """Where the value came from; "" for the line."""
+    return tree.given.where if tree.given else tree.where
 
 
 def _read_config(path: str, parameters: dict[str, Any], program: str) -> Tree:
     reader = Reader(parameters, program)
+    seen: set[str] = set()
     for option, given in read_file(path).items():
+        name = option.replace("-", "_")
+        if name in seen:
+            raise UsageError(f"{given.where}{option}: expected once, got it again as {name}")
+        seen.add(name)
         if option in ("allow", "config"):
             raise given.refuse(option, "it on the command line only", "it in a file")
         reader.put(option, given)

@@ -45,11 +45,10 @@ class Builder:
 
     Args:
         allowed: modules, with all below them, that may be imported for classes of the user's own.
-        program: to name in messages.
     """
 
-    def __init__(self, allowed: Sequence[str] = (), program: str = "") -> None:
-        self.allowed, self.program = tuple(allowed), program
+    def __init__(self, allowed: Sequence[str] = ()) -> None:
+        self.allowed = tuple(allowed)
         self.missing: list[str] = []
 
     def value(self, parameter: Parameter, tree: Tree, name: str) -> Any:
@@ -140,7 +139,7 @@ class Builder:
                 self._positional(item, settings.value, name)
             else:
                 for setting, each in mapping(settings, f"{name}.{key}", item.kind).items():
-                    put_setting(item.settings, setting.split("."), each, f"{name}.{setting}")
+                    put_setting(item.settings, setting.split("."), each)
             found.append(item)
         return found
 
@@ -156,7 +155,7 @@ class Builder:
             if isinstance(each.value, str):
                 each = Given(unquoted(each.value), each.where)
             setting = named.group(1) if named else names[i]
-            put_setting(item.settings, [setting], each, f"{name}.{setting}")
+            put_setting(item.settings, [setting], each)
 
     def _hand_out(self, items: list[Item], key: str, part: Tree, name: str, choice: Choice) -> None:
         """Gives a setting, or the settings of one class by its name, to the class it is for."""
@@ -193,7 +192,7 @@ class Builder:
             if group_of(parameter.hint) and part.given is not None:
                 group = typing.cast(type, group_of(parameter.hint))
                 for sub, each in mapping(part.given, f"{name}.{key}", group).items():
-                    put_setting(part, sub.split("."), each, f"{name}.{key}.{sub}")
+                    put_setting(part, sub.split("."), each)
                 part.given = None
             settings[parameter.name] = self.value(parameter, part, f"{name}.{parameter.name}")
         if item.base is not MISSING and not settings:

@@ -25,7 +25,8 @@ class Given:
 
     def __str__(self) -> str:
         if isinstance(self.value, str):
-            text = self.value if self.value.strip() == self.value != "" else repr(self.value)
+            plain_text = self.value.isprintable() and self.value.strip() == self.value != ""
+            text = self.value if plain_text else repr(self.value)
         elif isinstance(self.value, dict):
             text = "{" + ", ".join(f"{key}: {each}" for key, each in self.value.items()) + "}"
         elif self.value is None:

@@ -1,13 +1,14 @@
 """What `prunelm COMMAND --help` shows."""
 
 import dataclasses
+import re
 import shutil
 import textwrap
 import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
 from prunelm.cli.arguments.signature import (
     MISSING,
@@ -51,6 +52,7 @@ def help_text(program: str, summary: str, command: Callable[..., None]) -> str:
     for option, text in _COMMON.items():
         if choices or "--allow" not in option:
             lines += _entry(option, text)
+    lines += ["", *_wrapped("Of an option that is given again the last counts; a list gathers.", 0)]
     return "\n".join(lines)
 
 
@@ -81,13 +83,19 @@ def _option(parameter: Parameter, name: str) -> list[str]:
             lines += _option(each, f"{name}.{each.name}")
         return lines
     if not choice:
-        return _entry(f"{name} {_kind(parameter.hint)}", parameter.text, parameter.default)
+        kind = _kind(parameter.hint)
+        if "folder" in parameter.text and "manifest" not in parameter.text:
+            kind = kind.replace("file or folder", "folder")
+        elif "folder" not in parameter.text:
+            kind = kind.replace("file or folder", "file")
+        said = parameter.default in (None, "") and "by default" in parameter.text
+        return _entry(f"{name} {kind}", parameter.text, MISSING if said else parameter.default)
     lines = _entry(name + (" CLASS|CLASS" if choice.several else " CLASS"), parameter.text,
                    parameter.default)  # fmt: skip
     lines += _wrapped(f"Settings: '{name} CLASS(setting=value)' or {name}.setting value.", 8)
-    for short, kind in choice.kinds.items():
-        lines += _wrapped(f"{short}: {summary_of(kind.__doc__)}", 10, 12)
-        for each in parameters_of(kind).values():
+    for short, each_kind in choice.kinds.items():
+        lines += _wrapped(f"{short}: {summary_of(each_kind.__doc__)}", 10, 12)
+        for each in parameters_of(each_kind).values():
             lines += _setting(each, each.name)
     return lines
 
@@ -119,6 +127,8 @@ def _kind(hint: Any) -> str:
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if hint is bool:
         return "yes|no"
+    if origin is Annotated:
+        return f"<{parts[1]}>"
     if origin is Literal:
         return "|".join(map(str, parts))
     if origin in (Union, types.UnionType):
@@ -133,6 +143,7 @@ def _entry(option: str, text: str, default: Any = MISSING) -> list[str]:
 
 def _wrapped(text: str, indent: int, later: int | None = None) -> list[str]:
     width = max(min(shutil.get_terminal_size().columns, _WIDEST), 40)
+    text = re.sub(r"\bNone\b", "none", text)
     return textwrap.wrap(
         text, width, initial_indent=" " * indent, break_on_hyphens=False,
         subsequent_indent=" " * (indent if later is None else later),

@@ -44,11 +44,11 @@ def parameters_of(target: Callable[..., Any]) -> dict[str, Parameter]:
     except (TypeError, ValueError):  # some classes written in C
         return {}
     if dataclasses.is_dataclass(target):
-        hints = typing.get_type_hints(target, include_extras=True)
+        hints = _hints(target)
         defaults = {f.name: _default(f) for f in dataclasses.fields(target)}
     else:
         source = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
-        hints = typing.get_type_hints(source, include_extras=True)
+        hints = _hints(source)
         defaults = {name: each.default for name, each in signature.parameters.items()}
     return {
         name: Parameter(
@@ -57,6 +57,13 @@ def parameters_of(target: Callable[..., Any]) -> dict[str, Parameter]:
         for name, each in signature.parameters.items()
         if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
     }
+
+
+def _hints(source: Any) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(source, include_extras=True)
+    except (NameError, TypeError, AttributeError):  # names that only a type checker imports
+        return {}
 
 
 def _default(field: "dataclasses.Field[Any]") -> Any:

@@ -80,7 +80,7 @@ class Reader:
         if rest and group:
             self._put(branch, rest, given, parameters_of(group), option)
         elif rest and choice:
-            put_setting(branch, rest, given, option)
+            put_setting(branch, rest, given)
         elif rest:
             raise self.unknown(option, given.where)
         elif group:
@@ -88,10 +88,10 @@ class Reader:
                 self._put(branch, name.split("."), each, parameters_of(group), f"{option}.{name}")
         elif choice and (settings := settings_of(given, choice, option)):
             for name, each in settings.items():
-                put_setting(branch, name.split("."), each, f"{option}.{name}")
+                put_setting(branch, name.split("."), each)
         else:
             lists = is_list(parameter.hint) and not given.where
-            branch.given = _once(branch.given, given, option, lists)
+            branch.given = _joined(branch.given, given, lists)
 
     def unknown(self, option: str, where: str) -> UsageError:
         """The line about a name that no option has."""
@@ -113,11 +113,11 @@ def match(word: str, known: dict[str, Parameter]) -> tuple[Parameter | None, boo
     return None, False
 
 
-def put_setting(tree: Tree, path: list[str], given: Given, option: str) -> None:
+def put_setting(tree: Tree, path: list[str], given: Given) -> None:
     """Puts a setting of a class that is not known yet."""
     for part in path:
         tree = tree.parts.setdefault(part.replace("-", "_"), Tree(where=given.where))
-    tree.given = _once(tree.given, given, option, False)
+    tree.given = given
 
 
 def mapping(given: Given, name: str, group: type) -> dict[str, Given]:
@@ -143,13 +143,12 @@ def settings_of(given: Given, choice: Choice, name: str) -> dict[str, Given]:
     return given.value if all(each in known for each in first) else {}
 
 
-def _once(before: Given | None, now: Given, option: str, joins: bool) -> Given:
-    if before is None:
+def _joined(before: Given | None, now: Given, joins: bool) -> Given:
+    """The last of the values that an option was given, or all of them where it is a list."""
+    if before is None or not joins or before.value == () or now.value == ():
         return now
-    if joins and before.value != () and now.value != ():
-        values = [each.value if isinstance(each.value, list) else [each] for each in (before, now)]
-        return Given([*values[0], *values[1]])
-    raise now.refuse(option, "one value", f"{before} and {now}")
+    values = [each.value if isinstance(each.value, list) else [each] for each in (before, now)]
+    return Given([*values[0], *values[1]])
 
 
 def plain_value(tree: Tree, hint: Any, default: Any, name: str) -> Any:

@@ -11,13 +11,14 @@ from typing import Annotated, Any, Literal, Union
 from prunelm.cli import UsageError
 from prunelm.cli.arguments.given import Given, did_you_mean, either, plain
 
-Commas = Annotated[str, "commas"]
+Commas = Annotated[str, "values with commas"]
 """Text of several values with commas between them; a YAML list or several words are joined."""
 
-Sizes = Annotated[str, "sizes"]
+Sizes = Annotated[str, "size"]
 """As `Commas`, of sizes such as 5M; 5,000,000 is one number, 5 M is 5M."""
 
 _YES, _NO = ("true", "yes", "on", "y", "1"), ("false", "no", "off", "n", "0")
+BOOLEANS = (*_YES, *_NO)
 _WHOLE = re.compile(r"[+-]?\d{1,3}(,\d{3})+")
 _LARGEST = 2**63
 
@@ -31,7 +32,7 @@ def convert(given: Given, hint: Any, name: str) -> Any:
     origin: Any = typing.get_origin(hint)
     parts: tuple[Any, ...] = typing.get_args(hint)
     if origin is Annotated:
-        return _joined(given, name, parts[1] == "sizes")
+        return _joined(given, name, parts[1] == "size")
     if origin in (Union, types.UnionType):
         return _one_of(given, hint, name)
     if origin is Literal:
@@ -63,7 +64,7 @@ def kind_of(hint: Any, article: bool = True) -> str:
         inner = [kind_of(each, False) for each in parts if each != ...]
         if origin is tuple and len(inner) == len(parts):
             return f"{'a pair' if len(inner) == 2 else len(inner)} of {either([*set(inner)])}"
-        return f"a list of {inner[0]}" if article else f"{inner[0]},..."
+        return f"a list of {inner[0]}" if article else f"{inner[0]} ..."
     word = _SCALARS.get(hint, "value")
     return word if not article or hint in (bool, str) else f"a {word}"
 
@@ -157,7 +158,7 @@ def _scalar(given: Given, kind: type, name: str) -> Any:
     if kind is str:
         return text
     word = text.strip()
-    if kind is bool and word.lower() in (*_YES, *_NO):
+    if kind is bool and word.lower() in BOOLEANS:
         return word.lower() in _YES
     if kind is Path and word and "\0" not in text:
         try:
@@ -202,6 +203,10 @@ def _guess(given: Given) -> Any:
     if value == ():
         return True
     if isinstance(value, str):
+        if value.strip()[:1] in ("[", "{"):
+            from prunelm.cli.arguments.yaml_file import read_text
+
+            return _guess(read_text(value, "value"))
         words = {"true": True, "false": False, "null": None, "none": None}
         if value.lower() in words:
             return words[value.lower()]
