@@ -14,14 +14,8 @@ from prunelm.data.speech import Utterance, read_audio, split_long
 from prunelm.data.tokenizer import Tokenizer
 from prunelm.decoding import mbs
 from prunelm.decoding import transcribe as module
-from prunelm.decoding.transcribe import (
-    SearchOptions,
-    encode,
-    search,
-    suitable_options,
-    transcribe,
-    transcribe_each,
-)
+from prunelm.decoding.options import SearchOptions, suitable_options
+from prunelm.decoding.transcribe import encode, search, transcribe, transcribe_each
 from prunelm.training.pretrained import ChosenSearch, LoadedLM, LoadedRecogniser
 
 Models = tuple[LoadedRecogniser, LoadedLM]

@@ -12,12 +12,8 @@ from prunelm.cli.texts import known_lines
 from prunelm.data.files import replace_file
 from prunelm.data.speech import Utterance, load_corpus
 from prunelm.data.tokenizer import Tokenizer
-from prunelm.decoding.transcribe import (
-    SearchOptions,
-    Transcript,
-    suitable_options,
-    transcribe_each,
-)
+from prunelm.decoding.options import SearchOptions, suitable_options
+from prunelm.decoding.transcribe import Transcript, transcribe_each
 from prunelm.decoding.tuning import choose_search
 from prunelm.metrics.flops import flops_per_token
 from prunelm.metrics.perplexity import perplexity

@@ -20,7 +20,8 @@ from prunelm.data.speech import hold_out_speakers, load_corpus
 from prunelm.data.speech_batches import Augmentation, SpeechBatches
 from prunelm.data.text import TokenBatches, cached_token_ids
 from prunelm.data.tokenizer import Tokenizer
-from prunelm.decoding.transcribe import SearchOptions, best_words, encode, search
+from prunelm.decoding.options import SearchOptions
+from prunelm.decoding.transcribe import best_words, encode, search
 from prunelm.metrics.perplexity import perplexity
 from prunelm.metrics.wer import word_error_rate
 from prunelm.models.lm import LayerSizes, LMConfig, TransformerLM

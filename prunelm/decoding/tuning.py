@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 
 from prunelm.data.speech import Utterance
-from prunelm.decoding.transcribe import SearchOptions, best_words, encode, search
+from prunelm.decoding.options import SearchOptions
+from prunelm.decoding.transcribe import best_words, encode, search
 from prunelm.metrics.wer import word_error_rate
 from prunelm.training.pretrained import ChosenSearch, LoadedLM, LoadedRecogniser
 

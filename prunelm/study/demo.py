@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 
 from prunelm.data.runs import prepared
-from prunelm.decoding.transcribe import SearchOptions, suitable_options
+from prunelm.decoding.options import SearchOptions, suitable_options
 from prunelm.decoding.tuning import choose_search
 from prunelm.pruning import (
     Blocks,

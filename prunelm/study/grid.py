@@ -16,7 +16,8 @@ from typing import Any, cast
 
 from prunelm.data.files import replace_file
 from prunelm.data.runs import prepared, remove_work, work_folder
-from prunelm.decoding.transcribe import EncodedBatch, SearchOptions, best_words, encode, search
+from prunelm.decoding.options import SearchOptions
+from prunelm.decoding.transcribe import EncodedBatch, best_words, encode, search
 from prunelm.metrics.flops import flops_per_token
 from prunelm.metrics.perplexity import perplexity
 from prunelm.metrics.speed import latency
