@@ -40,6 +40,9 @@ class SearchOptions:
         return f"beam {self.beam}, {weight}, token reward {self.token_reward:g}"
 
 
+DEFAULT_SEARCH = SearchOptions()
+
+
 def suitable_options(
     recogniser: LoadedRecogniser,
     lm: LoadedLM | None = None,

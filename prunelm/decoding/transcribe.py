@@ -13,7 +13,7 @@ from prunelm.data.speech import Utterance, read_audio, split_long
 from prunelm.data.tokenizer import Tokenizer
 from prunelm.decoding.fusion import Fusion
 from prunelm.decoding.greedy import greedy
-from prunelm.decoding.options import SearchOptions, suitable_options
+from prunelm.decoding.options import DEFAULT_SEARCH, SearchOptions, suitable_options
 from prunelm.decoding.search import Hypothesis, mbs
 from prunelm.models.features import LogMel
 from prunelm.models.lm import TransformerLM
@@ -90,7 +90,7 @@ def search(
     recogniser: Transducer,
     batches: Sequence[EncodedBatch],
     lm: TransformerLM | None = None,
-    options: SearchOptions = SearchOptions(),
+    options: SearchOptions = DEFAULT_SEARCH,
 ) -> dict[str, list[Hypothesis]]:
     """utterance id -> its hypotheses, the best first, in the order of the batches."""
     found: dict[str, list[Hypothesis]] = {}
@@ -183,7 +183,7 @@ def transcribe_each(
     recogniser: LoadedRecogniser,
     utterances: Iterable[Utterance | tuple[str, Tensor]],
     lm: LoadedLM | None = None,
-    options: SearchOptions = SearchOptions(),
+    options: SearchOptions = DEFAULT_SEARCH,
     *,
     channel: int | None = None,
 ) -> Iterator[Transcript]:
