@@ -142,10 +142,8 @@ class NinjaBuild(build_ext):
 
         compiler = os.environ.get("CXX", "c++")
         head = [f"cxx = {compiler}", f"nvcc = {nvcc}", f"linker = {nvcc or compiler}"]
-        print(
-            f"prunelm._C: torch {torch.__version__}, CUDA by {nvcc or 'nobody: left out'}",
-            flush=True,
-        )
+        cuda = f"CUDA by {nvcc}" if nvcc else "without CUDA"
+        print(f"prunelm._C: torch {torch.__version__}, {cuda}", flush=True)
         jobs = [f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else []
         with open(folder / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

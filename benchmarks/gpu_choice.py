@@ -19,7 +19,7 @@ import torch
 from prunelm.benchmarks.gpu_goals import Found, Row, load, rows_of
 from prunelm.benchmarks.harness import RESULTS
 from prunelm.data.files import replace_file
-from prunelm.ops.gpu_break_even import (
+from prunelm.ops.gpu_cost import (
     Card,
     Key,
     card_named,
@@ -33,7 +33,7 @@ DTYPE = torch.bfloat16  # what is measured
 
 
 def efficiency(card: Card, flops: float, moved: float, us: float) -> float:
-    """Of the roofline, what lies beyond a launch; as gpu_break_even.py takes it."""
+    """Of the roofline, what lies beyond a launch; as gpu_cost.py takes it."""
     return roof_us(card, flops, moved, DTYPE) / max(us - card.launch_us, 0.1)
 
 

@@ -25,7 +25,7 @@ from prunelm.benchmarks.gpu_harness import (
     run_benchmark,
     size_bytes,
 )
-from prunelm.models.graphed import GraphedLM
+from prunelm.models.cuda_graph import CudaGraphLM
 from prunelm.models.lm import LayerSizes, LMConfig, TransformerLM
 from prunelm.nn import BlockSparseLinear, LowRankLinear
 
@@ -104,7 +104,7 @@ def step(
     """One line of the table: the graph's replay, checked against the plain step in float32."""
     torch.manual_seed(0)
     model = MODELS[name](device)
-    graphed, inputs = GraphedLM(model), step_inputs(rows, device)
+    graphed, inputs = CudaGraphLM(model), step_inputs(rows, device)
     cache = graphed.new_cache(rows * CONTEXT)
     for x in (*cache.inner.key, *cache.inner.value):
         x.normal_()

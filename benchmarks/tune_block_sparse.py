@@ -12,7 +12,7 @@ from time import monotonic
 
 import torch
 
-from prunelm.schedule import group_size
+from prunelm.gpu_index import group_size
 from prunelm.sparse import BlockSparse
 from prunelm.triton_kernels.block_sparse_linear import block_sparse_linear
 from prunelm.triton_kernels.block_sparse_tiles import Device, Tile, product_tile
@@ -64,7 +64,7 @@ def tune(
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     mask = torch.rand(-(-N // bn), -(-K // bk)) >= sparsity
     dense = torch.randn(N, K, dtype=dtype, device=device)
-    weight = BlockSparse.from_dense(dense, block, mask).scheduled()
+    weight = BlockSparse.from_dense(dense, block, mask).with_gpu_index()
     group, found = group_size(bn), {}
     for M in M_BUCKETS:
         x = torch.randn(M, K, dtype=dtype, device=device)
@@ -74,7 +74,7 @@ def tune(
         for tile in dict.fromkeys(neighbours(first)):
 
             def call(x: torch.Tensor = x, tile: Tile = tile) -> torch.Tensor:
-                pattern = (weight.values, weight.crow, weight.col, None, weight.schedule)
+                pattern = (weight.values, weight.crow, weight.col, None, weight.gpu_index)
                 return block_sparse_linear(x, *pattern, out_features=N, tile=tile)
 
             try:

@@ -11,11 +11,11 @@ namespace py = pybind11;
 STABLE_TORCH_LIBRARY(prunelm, m) {
   m.def(
       "block_sparse_linear(Tensor x, Tensor values, Tensor crow, Tensor col, Tensor? bias, "
-      "int out_features, int activation, Tensor? schedule=None) -> Tensor");
+      "int out_features, int activation, Tensor? gpu_index=None) -> Tensor");
   // The same call without the work: what is left to blame on torch, for benchmarks.
   m.def(
       "block_sparse_linear_empty(Tensor x, Tensor values, Tensor crow, Tensor col, Tensor? bias, "
-      "int out_features, int activation, Tensor? schedule=None) -> Tensor");
+      "int out_features, int activation, Tensor? gpu_index=None) -> Tensor");
   m.def(
       "block_sparse_linear_grad_x(Tensor grad, Tensor values, Tensor crow, Tensor col, "
       "int in_features) -> Tensor");

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunelm.schedule import INT32_MAX, make_schedule
+from prunelm.gpu_index import INT32_MAX, make_gpu_index
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,16 @@ class BlockSparse:
         crow: [ceil(N / bn) + 1] int32; row i of blocks is values[crow[i]:crow[i + 1]].
         col: [nnz] int32, the column of blocks of each block, ascending in its row.
         shape: (N, K).
-        schedule: int32, what `scheduled` computes from the pattern for GPU kernels, or None: they
-            are as right without it, but each call computes it first, which takes some twenty
-            launches. It holds for this crow and col alone.
+        gpu_index: int32, what `with_gpu_index` computes from this crow and col for GPU kernels.
+            None: each call computes it first, which takes some twenty launches; the result is the
+            same.
     """
 
     values: Tensor
     crow: Tensor
     col: Tensor
     shape: tuple[int, int]
-    schedule: Tensor | None = None
+    gpu_index: Tensor | None = None
 
     @staticmethod
     def from_dense(
@@ -43,7 +43,7 @@ class BlockSparse:
     ) -> "BlockSparse":
         """The blocks of `weight` that `mask` keeps, copied; gradients flow back to `weight`.
 
-        On a GPU with a schedule.
+        On a GPU with a GPU index.
 
         Args:
             weight: [N, K], floating.
@@ -81,13 +81,13 @@ class BlockSparse:
         crow[1:] = mask.sum(1).cumsum(0)
         values = blocks[at].contiguous().transpose(1, 2)
         stored = BlockSparse(values, crow, at[1].to(torch.int32), (N, K))
-        return stored.scheduled() if weight.device.type == "cuda" else stored
+        return stored.with_gpu_index() if weight.device.type == "cuda" else stored
 
-    def scheduled(self) -> "BlockSparse":
-        """The same weight with a schedule; it costs nothing where there is one."""
-        if self.schedule is not None:
+    def with_gpu_index(self) -> "BlockSparse":
+        """The same weight with a GPU index; it costs nothing where there is one."""
+        if self.gpu_index is not None:
             return self
-        return replace(self, schedule=make_schedule(self.crow, self.col, self.shape, self.block))
+        return replace(self, gpu_index=make_gpu_index(self.crow, self.col, self.shape, self.block))
 
     def to_dense(self) -> Tensor:
         """The weight with its zeros, [N, K]; gradients flow back to `values`."""

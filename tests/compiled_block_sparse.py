@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from prunelm.schedule import group_size
+from prunelm.gpu_index import group_size
 from prunelm.triton_kernels.block_sparse_gradient import gradient_group, gradient_kernel
 from prunelm.triton_kernels.block_sparse_linear import product_kernel
 from prunelm.triton_kernels.block_sparse_tiles import Device, gradient_tile, product_tile

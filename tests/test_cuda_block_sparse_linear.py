@@ -82,7 +82,7 @@ def assert_tiles(
     keep: float,
     activation: str | None,
 ) -> None:
-    """Within the rounding of the dtype of float64, and the same with and without a schedule."""
+    """Within the rounding of the dtype of float64, and the same with and without a GPU index."""
     M, K, N = sizes
     weight = random_blocks(N, K, block, keep)
     x, bias = torch.randn(M, K).to(dtype), torch.randn(N).to(dtype)

@@ -147,7 +147,7 @@ def test_gradients_in_triton(
 
     def gradients(to: torch.dtype, backend: str) -> tuple[torch.Tensor, ...]:
         leaves = [t.detach().to(to).requires_grad_() for t in (x, weight.values)]
-        own = BlockSparse(leaves[1], weight.crow, weight.col, weight.shape, weight.schedule)
+        own = BlockSparse(leaves[1], weight.crow, weight.col, weight.shape, weight.gpu_index)
         y = ops.block_sparse_linear(leaves[0], own, backend=backend)
         return y, *torch.autograd.grad(y, leaves, grad.to(to))
 
@@ -169,30 +169,30 @@ def test_gradients_in_triton(
 def test_a_module_takes_its_schedule_along() -> None:
     linear = torch.nn.Linear(96, 80)
     module = BlockSparseLinear.from_linear(linear, (16, 16), torch.rand(5, 6) < 0.5)
-    assert module.schedule is None
+    assert module.gpu_index is None
     module.cuda()
     other = BlockSparseLinear.from_linear(linear, (16, 16), torch.rand(5, 6) < 0.9).cuda()
     for assign in (False, True):
         state = {name: t.clone() for name, t in module.state_dict().items()}
         other.load_state_dict(state, assign=assign)
-        assert torch.equal(other.schedule, module.schedule)
-    assert torch.equal(copy.deepcopy(module).schedule, module.schedule)
-    assert module.bfloat16().schedule.dtype == torch.int32
-    assert module.cpu().schedule is None
+        assert torch.equal(other.gpu_index, module.gpu_index)
+    assert torch.equal(copy.deepcopy(module).gpu_index, module.gpu_index)
+    assert module.bfloat16().gpu_index.dtype == torch.int32
+    assert module.cpu().gpu_index is None
 
 
 def test_a_schedule_does_not_wait_for_the_device() -> None:
     weight = BlockSparse.from_dense(torch.randn(80, 96, device="cuda"), (16, 16))
     bare = BlockSparse(weight.values, weight.crow, weight.col, weight.shape)
-    assert bare.scheduled().schedule is not None  # kernels are loaded
+    assert bare.with_gpu_index().gpu_index is not None  # kernels are loaded
     torch.use_deterministic_algorithms(False)  # whose own ops may wait
     torch.cuda.set_sync_debug_mode("error")
     try:
-        again = bare.scheduled().schedule
+        again = bare.with_gpu_index().gpu_index
     finally:
         torch.cuda.set_sync_debug_mode("default")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.equal(again, weight.schedule)
+    assert torch.equal(again, weight.gpu_index)
 
 
 def test_triton_in_a_graph() -> None:

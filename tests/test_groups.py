@@ -8,7 +8,7 @@ from prunelm.pruning.architecture import Architecture
 from prunelm.pruning.groups import (
     Rows,
     Tiles,
-    break_even,
+    largest_useful_rank,
     marginal_cost,
     prunable_weights,
 )
@@ -50,7 +50,7 @@ def test_qkv_rows_of_a_head_are_its_query_key_and_value() -> None:
 
 def test_break_even_is_the_highest_rank_that_saves() -> None:
     for n, k in [(512, 512), (512, 1024), (7, 5), (1, 9), (3, 3)]:
-        rank = break_even(n, k)
+        rank = largest_useful_rank(n, k)
         assert rank * (n + k) < n * k <= (rank + 1) * (n + k)
 
 

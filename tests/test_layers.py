@@ -24,7 +24,7 @@ LAYERS = [
     ["ops"],
     ["sparse"],
     ["triton_kernels"],
-    ["schedule"],
+    ["gpu_index"],
     ["_C", "version"],
 ]
 HEIGHT = {name: -depth for depth, names in enumerate(LAYERS) for name in names}

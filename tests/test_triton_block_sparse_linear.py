@@ -95,7 +95,7 @@ def test_gradients(
         stored = BlockSparse(values, weight.crow, weight.col, weight.shape)
         return torch.autograd.grad(block_sparse_linear_reference(x, stored), (x, values), grad)
 
-    pattern = (weight.crow, weight.col, weight.scheduled().schedule)
+    pattern = (weight.crow, weight.col, weight.with_gpu_index().gpu_index)
     got = (
         block_sparse_linear_grad_x(grad, weight.values, *pattern, in_features=K),
         block_sparse_linear_grad_values(grad, x, *pattern, block=block),
@@ -137,7 +137,7 @@ def test_what_lies_past_the_edge_is_not_read_and_gets_no_gradient() -> None:
 @pytest.mark.parametrize("block", [(16, 16), (64, 64), (7, 3)], ids=str)
 def test_a_row_does_not_depend_on_its_neighbours(block: tuple[int, int]) -> None:
     weight, x = weight_of(130, 200, block, 0.4), torch.randn(150, 200)
-    parts = (weight.values, weight.crow, weight.col, None, weight.scheduled().schedule)
+    parts = (weight.values, weight.crow, weight.col, None, weight.with_gpu_index().gpu_index)
     for Ms in ((1, 2, 17, 40, 63), (64, 65, 150)):
         whole = block_sparse_linear(x[: Ms[-1]], *parts, out_features=130)
         for M in Ms:
@@ -151,32 +151,32 @@ def test_gradients_and_compile_go_through_the_backend() -> None:
     x, values, bias = torch.randn(2, 3, 30), weight.values, torch.randn(40)
     leaves = [t.requires_grad_() for t in (x, values, bias)]
 
-    def run(backend: str, schedule: Tensor | None = None) -> Tensor:
-        blocks = BlockSparse(values, weight.crow, weight.col, weight.shape, schedule)
+    def run(backend: str, gpu_index: Tensor | None = None) -> Tensor:
+        blocks = BlockSparse(values, weight.crow, weight.col, weight.shape, gpu_index)
         y = ops.block_sparse_linear(x, blocks, bias, "gelu", backend=backend)
         return y.square().mean()
 
     expected = torch.autograd.grad(run("reference"), leaves)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     for function in (run, compiled):
-        for schedule in (None, weight.scheduled().schedule):
-            got = torch.autograd.grad(function("triton", schedule), leaves)
+        for gpu_index in (None, weight.with_gpu_index().gpu_index):
+            got = torch.autograd.grad(function("triton", gpu_index), leaves)
             for one, other in zip(got, expected, strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("scheduled", [False, True])
-def test_opcheck(scheduled: bool) -> None:
+@pytest.mark.parametrize("indexed", [False, True])
+def test_opcheck(indexed: bool) -> None:
     weight = weight_of(18, 21, (16, 4), 0.6)
-    schedule = weight.scheduled().schedule if scheduled else None
+    gpu_index = weight.with_gpu_index().gpu_index if indexed else None
     x, bias = torch.randn(3, 21, requires_grad=True), torch.randn(18, requires_grad=True)
     values, grad = weight.values.detach().requires_grad_(), torch.randn(3, 18)
     pattern, op = (weight.crow, weight.col), torch.ops.prunelm
     for name, arguments in (
-        ("block_sparse_linear", (x, values, *pattern, bias, 18, 2, schedule)),
-        ("block_sparse_linear_triton", (x, values, *pattern, bias, 18, 2, schedule)),
-        ("block_sparse_linear_grad_x_triton", (grad, weight.values, *pattern, 21, schedule)),
-        ("block_sparse_linear_grad_values_triton", (grad, x.detach(), *pattern, 16, 4, schedule)),
+        ("block_sparse_linear", (x, values, *pattern, bias, 18, 2, gpu_index)),
+        ("block_sparse_linear_triton", (x, values, *pattern, bias, 18, 2, gpu_index)),
+        ("block_sparse_linear_grad_x_triton", (grad, weight.values, *pattern, 21, gpu_index)),
+        ("block_sparse_linear_grad_values_triton", (grad, x.detach(), *pattern, 16, 4, gpu_index)),
     ):
         torch.library.opcheck(getattr(op, name).default, arguments)
 
@@ -184,15 +184,15 @@ def test_opcheck(scheduled: bool) -> None:
 def test_a_schedule_of_another_pattern_is_refused() -> None:
     weight, other = weight_of(18, 21, (16, 4), 0.6), weight_of(18, 21, (16, 4), 0.9)
     wrong = BlockSparse(
-        weight.values, weight.crow, weight.col, weight.shape, other.scheduled().schedule
+        weight.values, weight.crow, weight.col, weight.shape, other.with_gpu_index().gpu_index
     )
-    with pytest.raises(ValueError, match=r"schedule: expected int32 \[\d+\] for \d+ blocks, got"):
+    with pytest.raises(ValueError, match=r"gpu_index: expected int32 \[\d+\] for \d+ blocks, got"):
         ops.block_sparse_linear(torch.ones(1, 21), wrong, backend="triton")
 
 
 def test_an_unscheduled_module_trains() -> None:
     module = BlockSparseLinear(weight_of(33, 50, (16, 4), 0.5), torch.zeros(33))
-    assert module.schedule is None and "schedule" not in module.state_dict()
+    assert module.gpu_index is None and "gpu_index" not in module.state_dict()
     y = ops.block_sparse_linear(torch.randn(4, 50), module.weight, module.bias, backend="triton")
     y.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prunelm.schedule import Schedule, group_size, make_schedule
+from prunelm.gpu_index import GpuIndex, group_size, make_gpu_index
 from prunelm.triton_kernels.block_sparse_tiles import Device, Tile, gradient_tile, precision_of
 
 PROGRAMS = 264  # two for each core of an H100: with fewer, the rows are shared out among more
@@ -89,7 +89,7 @@ def _write(b_sum, p_out, p_block, first, last, first_n, o_k, m_n, m_k, bn: tl.co
 def gradient_kernel(
     p_grad,  # [M, N]
     p_x,  # [M, K]
-    p_pointer,  # Groups: [groups + 1]
+    p_pointer,  # RowGroups: [groups + 1]
     p_column,  # [nnz]
     p_block,  # [nnz, GROUP]
     p_out,  # [splits, nnz, bk, bn]
@@ -177,7 +177,7 @@ def block_sparse_linear_grad_values(
     x: Tensor,
     crow: Tensor,
     col: Tensor,
-    schedule: Tensor | None = None,
+    gpu_index: Tensor | None = None,
     *,
     block: tuple[int, int],
     tile: Tile | None = None,
@@ -189,7 +189,7 @@ def block_sparse_linear_grad_values(
         x: [M, K] in grad's dtype, contiguous.
         crow: [ceil(N / bn) + 1] int32.
         col: [nnz] int32.
-        schedule: the pattern's; computed here if None and needed.
+        gpu_index: the pattern's; computed here if None and needed.
         block: (bn, bk).
         tile: for measurements; None: chosen by sizes.
 
@@ -202,9 +202,9 @@ def block_sparse_linear_grad_values(
         return out.transpose(1, 2)
     pointer, column, blocks, size = crow, col, col, gradient_group(bn)
     if size > 1:
-        if schedule is None:
-            schedule = make_schedule(crow, col, (N, K), block)
-        groups = Schedule(schedule, (N, K), block, nnz).by_row
+        if gpu_index is None:
+            gpu_index = make_gpu_index(crow, col, (N, K), block)
+        groups = GpuIndex(gpu_index, (N, K), block, nnz).by_row
         pointer, column, blocks = groups.pointer, groups.column, groups.block
     if tile is None:
         tile = gradient_tile(grad.dtype, size * bn, block, Device.of(grad.device))

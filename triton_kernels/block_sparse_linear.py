@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prunelm.schedule import Groups, Schedule, make_schedule
+from prunelm.gpu_index import GpuIndex, RowGroups, make_gpu_index
 from prunelm.triton_kernels.activation import activate
 from prunelm.triton_kernels.block_sparse_tiles import Device, Tile, precision_of, product_tile
 
@@ -82,7 +82,7 @@ def spread(b_column, b_block, i_step, bn: tl.constexpr, bk: tl.constexpr,
 def tile_at(i, p_order, groups, m_tiles, panel, PARTS: tl.constexpr):
     """(group, part of its outputs, tile of rows) of program i.
 
-    Groups come longest first, so that the last programs are short. Within a panel of rows all
+    RowGroups come longest first, so that the last programs are short. Within a panel of rows all
     groups are done: programs that run together share both rows of x and blocks.
     """
     size = panel * PARTS * groups
@@ -114,7 +114,7 @@ def _store(b_sum, p_y, p_bias, o_m, first_n, first_y, M, N, WIDTH: tl.constexpr,
 def product_kernel(
     p_x,  # [M, K]
     p_values,  # [nnz, bk, bn], or if TRANSPOSED [nnz, bn, bk]: the last one fastest
-    p_pointer,  # Groups: [groups + 1]
+    p_pointer,  # RowGroups: [groups + 1]
     p_column,  # [nnz]
     p_block,  # [nnz, GROUP]
     p_order,  # [groups]
@@ -228,7 +228,7 @@ def block_sparse_linear(
     crow: Tensor,
     col: Tensor,
     bias: Tensor | None,
-    schedule: Tensor | None = None,
+    gpu_index: Tensor | None = None,
     *,
     out_features: int,
     activation: str | None = None,
@@ -248,7 +248,7 @@ def block_sparse_linear(
         crow: [ceil(N / bn) + 1] int32.
         col: [nnz] int32.
         bias: [N] in x's dtype, or None.
-        schedule: the pattern's; computed here if None.
+        gpu_index: the pattern's; computed here if None.
         out_features: N.
         activation: None, "relu", "gelu" or "silu".
         tile: for measurements; None: chosen by sizes.
@@ -258,9 +258,9 @@ def block_sparse_linear(
     """
     _, bn, bk = values.shape
     shape = (out_features, x.shape[1])
-    if schedule is None:
-        schedule = make_schedule(crow, col, shape, (bn, bk))
-    groups = Schedule(schedule, shape, (bn, bk), values.shape[0]).by_row
+    if gpu_index is None:
+        gpu_index = make_gpu_index(crow, col, shape, (bn, bk))
+    groups = GpuIndex(gpu_index, shape, (bn, bk), values.shape[0]).by_row
     return _product(x, values, groups, bias, (bn, bk), shape, activation, False, tile)
 
 
@@ -269,7 +269,7 @@ def block_sparse_linear_grad_x(
     values: Tensor,
     crow: Tensor,
     col: Tensor,
-    schedule: Tensor | None = None,
+    gpu_index: Tensor | None = None,
     *,
     in_features: int,
     tile: Tile | None = None,
@@ -277,16 +277,16 @@ def block_sparse_linear_grad_x(
     """grad @ weight, [M, K] in grad's dtype; arguments as for `block_sparse_linear`."""
     _, bn, bk = values.shape
     shape = (grad.shape[1], in_features)
-    if schedule is None:
-        schedule = make_schedule(crow, col, shape, (bn, bk))
-    groups = Schedule(schedule, shape, (bn, bk), values.shape[0]).by_column
+    if gpu_index is None:
+        gpu_index = make_gpu_index(crow, col, shape, (bn, bk))
+    groups = GpuIndex(gpu_index, shape, (bn, bk), values.shape[0]).by_column
     return _product(grad, values, groups, None, (bk, bn), shape[::-1], None, True, tile)
 
 
 def _product(
     x: Tensor,
     values: Tensor,
-    groups: Groups,
+    groups: RowGroups,
     bias: Tensor | None,
     block: tuple[int, int],
     shape: tuple[int, int],

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "check.h"
-#include "cpu/beam_search.h"
+#include "cpu/beam_step_choose.h"
 #include "cpu/direct.h"
 #include "cpu/linear.h"
 
@@ -42,9 +42,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> beam_step_cpu(
       torch::stable::new_empty(score, {shape.B, shape.W, parts}),
       torch::stable::new_empty(score, {shape.B}, ScalarType::Bool),
   };
-  beam_search(in, {out[0].data_ptr(), static_cast<int64_t*>(out[1].data_ptr()),
-                   static_cast<int64_t*>(out[2].data_ptr()), out[3].data_ptr(),
-                   static_cast<bool*>(out[4].data_ptr())});
+  choose_extensions(in, {out[0].data_ptr(), static_cast<int64_t*>(out[1].data_ptr()),
+                         static_cast<int64_t*>(out[2].data_ptr()), out[3].data_ptr(),
+                         static_cast<bool*>(out[4].data_ptr())});
   return {out[0], out[1], out[2], out[3], out[4]};
 }
 
@@ -195,8 +195,9 @@ PyObject* beam_step_direct(PyObject*, PyObject* const* given, Py_ssize_t count) 
     const DirectResults& out = *beam.results;
     {
       const OthersRun others(10.0 * double(shape.B) * double(shape.W) * double(shape.V));
-      beam_search(beam.in, {out[0], static_cast<int64_t*>(out[1]), static_cast<int64_t*>(out[2]),
-                            out[3], static_cast<bool*>(out[4])});
+      choose_extensions(
+          beam.in, {out[0], static_cast<int64_t*>(out[1]), static_cast<int64_t*>(out[2]), out[3],
+                    static_cast<bool*>(out[4])});
     }
     return beam.results->tuple();
   });

@@ -26,7 +26,7 @@ void forward(const BlockSparseView& weight, const MatrixView& x, const LinearRes
 Tensor block_sparse_linear_cpu(const Tensor& x_given, const Tensor& values, const Tensor& crow,
                                const Tensor& col, const std::optional<Tensor>& bias,
                                int64_t out_features, int64_t activation,
-                               const std::optional<Tensor>& /*schedule*/) {
+                               const std::optional<Tensor>& /*gpu_index*/) {
   const BlockSparseShape s =
       check_block_sparse_linear(x_given, values, crow, col, bias, out_features, activation);
   const Tensor x = x_given.is_contiguous() ? x_given : torch::stable::contiguous(x_given);

@@ -1,8 +1,8 @@
 // One step of a beam search on CUDA; contract in prunelm/ops/beam_step.py. A team of threads finds
 // the best candidates of one hypothesis, then a thread block those of its utterance. Where rows are
 // short a team is a warp and one launch does both; else it is a block, and a second launch merges.
-#include "cuda/beam_row.cuh"
-#include "cuda/beam_select.cuh"
+#include "cuda/beam_step_row.cuh"
+#include "cuda/beam_step_select.cuh"
 
 namespace prunelm::cuda {
 namespace {
@@ -137,7 +137,7 @@ __device__ State prepare(Team team, Row<T, S, kStaged>& row, const RowMemory<T, 
 // The one candidate of a hypothesis that does not expand.
 template <typename T, typename S, bool kStaged>
 __device__ Candidate<S> blank_of(Row<T, S, kStaged>& row, State state) {
-  if (state == State::dead) return nobody<S>();
+  if (state == State::dead) return no_candidate<S>();
   S total = row.base;
   if (state == State::blank_only) {
     const T lp = row.log_prob(row.blank);
@@ -147,10 +147,10 @@ __device__ Candidate<S> blank_of(Row<T, S, kStaged>& row, State state) {
     }
     if (lp == -T(INFINITY)) total = -S(INFINITY);
   }
-  if (total == -S(INFINITY)) return nobody<S>();
+  if (total == -S(INFINITY)) return no_candidate<S>();
   if (total < S(INFINITY)) return {total, uint32_t(row.blank)};
   row.wrong = true;
-  return nobody<S>();
+  return no_candidate<S>();
 }
 
 // A team: the `own` best candidates of hypothesis h and what they are made of.
@@ -170,7 +170,7 @@ __device__ void examine(Team team, const BeamStep& op, const Stage& layout,
     select(team, row, memory.selection, own);
   } else {
     for (int64_t j = team.thread(); j < own; j += team.size()) {
-      best[j] = j == 0 ? blank_of(row, state) : nobody<S>();
+      best[j] = j == 0 ? blank_of(row, state) : no_candidate<S>();
     }
   }
   for (int64_t j = team.thread(); j < own; j += team.size()) {

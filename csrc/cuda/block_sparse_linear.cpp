@@ -19,7 +19,7 @@ Tensor bn_fastest(const Tensor& values) { return packed(torch::stable::transpose
 Tensor block_sparse_linear_cuda(const Tensor& x_given, const Tensor& values, const Tensor& crow,
                                 const Tensor& col, const std::optional<Tensor>& bias,
                                 int64_t out_features, int64_t activation,
-                                const std::optional<Tensor>& schedule) {
+                                const std::optional<Tensor>& gpu_index) {
   const BlockSparseShape s =
       check_block_sparse_linear(x_given, values, crow, col, bias, out_features, activation);
   check_dtype_of("values", values, "x", x_given);
@@ -41,16 +41,17 @@ Tensor block_sparse_linear_cuda(const Tensor& x_given, const Tensor& values, con
   op.N = s.N;
   op.bn = s.bn;
   op.bk = s.bk;
-  if (schedule) {
-    check_dtype("schedule", *schedule, ScalarType::Int);
-    check_contiguous("schedule", *schedule);
-    check_device("schedule", *schedule, x);
-    const int64_t cut = (s.N + s.bn - 1) / s.bn * 9;  // how a schedule begins (prunelm/schedule.py)
-    if (schedule->numel() < cut) {
-      refuse("schedule", "at least " + std::to_string(cut) + " numbers",
-             std::to_string(schedule->numel()));
+  if (gpu_index) {
+    check_dtype("gpu_index", *gpu_index, ScalarType::Int);
+    check_contiguous("gpu_index", *gpu_index);
+    check_device("gpu_index", *gpu_index, x);
+    const int64_t cut =
+        (s.N + s.bn - 1) / s.bn * 9;  // how a GPU index begins (prunelm/gpu_index.py)
+    if (gpu_index->numel() < cut) {
+      refuse("gpu_index", "at least " + std::to_string(cut) + " numbers",
+             std::to_string(gpu_index->numel()));
     }
-    op.cut = static_cast<const int32_t*>(schedule->data_ptr());
+    op.cut = static_cast<const int32_t*>(gpu_index->data_ptr());
   }
   const DType dtype = dtype_of("x", x);
   std::optional<Tensor> workspace;

@@ -18,7 +18,7 @@ struct BlockSparseLinear {
   const void* bias;     // [N] or nullptr
   void* y;              // [M, N]
   int64_t M, K, N, bn, bk;
-  const int32_t* cut;  // [ceil(N / bn), 9], BlockSparse's schedule, or nullptr
+  const int32_t* cut;  // [ceil(N / bn), 9], BlockSparse's GPU index, or nullptr
   float* workspace;    // as many floats as block_sparse_linear_workspace says, or nullptr
 };
 // Floats that the launch needs to put down sums; 0 where clusters of thread blocks do without.

@@ -13,8 +13,8 @@ from prunelm.nn.modules import (
     all_blocks,
 )
 from prunelm.ops.backend import DTYPES, GPU_DTYPES
-from prunelm.ops.break_even import block_sparse_us, dense_us, low_rank_blocks_us
-from prunelm.ops.gpu_break_even import Card, best_block, card_of, product_wins
+from prunelm.ops.cpu_cost import block_sparse_us, dense_us, low_rank_blocks_us
+from prunelm.ops.gpu_cost import Card, best_block, card_of, product_wins
 
 # Blocks that `accelerate` looks for. The kernels read 16 outputs at a time, so that lower blocks
 # gain nothing; taller ones save indices.

@@ -82,13 +82,13 @@ class BlockSparseLinear(nn.Module):
     Attributes:
         values: [nnz, bn, bk], bn fastest in memory; the parameter.
         crow, col: int32 buffers, where the blocks stand; see `BlockSparse`.
-        schedule: what GPU kernels look up, made from crow and col; None on a CPU. It is not saved.
+        gpu_index: what GPU kernels look up, made from crow and col; None on a CPU. It is not saved.
         bias: [N] or None.
     """
 
     crow: Tensor
     col: Tensor
-    schedule: Tensor | None
+    gpu_index: Tensor | None
 
     def __init__(
         self, weight: BlockSparse, bias: Tensor | None = None, activation: str | None = None
@@ -100,7 +100,7 @@ class BlockSparseLinear(nn.Module):
         self.values = nn.Parameter(weight.values.detach())
         self.register_buffer("crow", weight.crow)
         self.register_buffer("col", weight.col)
-        self.register_buffer("schedule", weight.schedule, persistent=False)
+        self.register_buffer("gpu_index", weight.gpu_index, persistent=False)
         self.bias: nn.Parameter | None
         if bias is not None:
             self.bias = nn.Parameter(bias.detach())
@@ -119,7 +119,7 @@ class BlockSparseLinear(nn.Module):
     def weight(self) -> BlockSparse:
         """A view on the module's tensors, which torch's functions take for the dense weight."""
         shape = (self.out_features, self.in_features)
-        return BlockSparse(self.values, self.crow, self.col, shape, self.schedule)
+        return BlockSparse(self.values, self.crow, self.col, shape, self.gpu_index)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
@@ -151,19 +151,19 @@ class BlockSparseLinear(nn.Module):
                 self.values.data = self.values.new_empty(nnz, bk, bn).transpose(1, 2)
                 self.col = self.col.new_empty(nnz)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._reschedule()
+        self._index_for_gpu()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BlockSparseLinear":
-        """Move the module, and make a schedule where it comes to a GPU."""
+        """Move the module, and make a GPU index where it comes to a GPU."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if (self.schedule is not None) != (self.crow.device.type == "cuda"):
-            self._reschedule()
+        if (self.gpu_index is not None) != (self.crow.device.type == "cuda"):
+            self._index_for_gpu()
         return self
 
-    def _reschedule(self) -> None:
-        self.schedule = None
+    def _index_for_gpu(self) -> None:
+        self.gpu_index = None
         if self.crow.device.type == "cuda":
-            self.schedule = self.weight.scheduled().schedule
+            self.gpu_index = self.weight.with_gpu_index().gpu_index
 
     def extra_repr(self) -> str:
         """Sizes, as nn.Linear shows its own."""

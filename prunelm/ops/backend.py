@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import prunelm._C
-from prunelm.ops.gpu_break_even import block_sparse_order, card_of, low_rank_order
+from prunelm.ops.gpu_cost import block_sparse_order, card_of, low_rank_order
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -80,12 +80,12 @@ def block_sparse_linear(
     if chosen == "reference":
         stored = BlockSparse(values, weight.crow, weight.col, weight.shape)
         return block_sparse_linear_reference(x, stored, bias, activation)
-    crow, col, schedule = weight.crow, weight.col, weight.schedule
+    crow, col, gpu_index = weight.crow, weight.col, weight.gpu_index
     learns = torch.is_grad_enabled() and (x.requires_grad or values.requires_grad)
     if chosen == "triton" or (chosen == "cuda" and learns and WITH_TRITON):
-        schedule = weight.scheduled().schedule  # once for the call and its gradients
+        gpu_index = weight.with_gpu_index().gpu_index  # once for the call and its gradients
     run = _triton if chosen == "triton" else _OP
-    return cast(Tensor, run(x, values, crow, col, bias, weight.shape[0], code, schedule))
+    return cast(Tensor, run(x, values, crow, col, bias, weight.shape[0], code, gpu_index))
 
 
 def block_sparse_linear_reference(
@@ -136,7 +136,7 @@ def _triton(
     bias: Tensor | None,
     out_features: int,
     activation: int,
-    schedule: Tensor | None = None,
+    gpu_index: Tensor | None = None,
 ) -> Tensor:
     from prunelm.triton_kernels.block_sparse_linear import block_sparse_linear as launch
 
@@ -146,7 +146,7 @@ def _triton(
         crow,
         col,
         bias,
-        schedule,
+        gpu_index,
         out_features=out_features,
         activation=ACTIVATIONS[activation],
     )
@@ -160,12 +160,12 @@ def _triton_grad_x(
     crow: Tensor,
     col: Tensor,
     in_features: int,
-    schedule: Tensor | None = None,
+    gpu_index: Tensor | None = None,
 ) -> Tensor:
     from prunelm.triton_kernels.block_sparse_linear import block_sparse_linear_grad_x as launch
 
     out: Tensor = launch(
-        _rows(grad), _bn_fastest(values), crow, col, schedule, in_features=in_features
+        _rows(grad), _bn_fastest(values), crow, col, gpu_index, in_features=in_features
     )
     return out.view(*grad.shape[:-1], in_features)
 
@@ -178,13 +178,13 @@ def _triton_grad_values(
     col: Tensor,
     bn: int,
     bk: int,
-    schedule: Tensor | None = None,
+    gpu_index: Tensor | None = None,
 ) -> Tensor:
     from prunelm.triton_kernels.block_sparse_gradient import (
         block_sparse_linear_grad_values as launch,
     )
 
-    out: Tensor = launch(_rows(grad), _rows(x), crow, col, schedule, block=(bn, bk))
+    out: Tensor = launch(_rows(grad), _rows(x), crow, col, gpu_index, block=(bn, bk))
     return out
 
 
@@ -198,7 +198,7 @@ def _fake(
     bias: Tensor | None,
     out_features: int,
     activation: int,
-    schedule: Tensor | None = None,
+    gpu_index: Tensor | None = None,
 ) -> Tensor:
     check_one_device({"x": x, "values": values, "crow": crow, "col": col, "bias": bias})
     return x.new_empty((*x.shape[:-1], out_features))
@@ -212,7 +212,7 @@ def _fake_grad_x(
     crow: Tensor,
     col: Tensor,
     in_features: int,
-    schedule: Tensor | None = None,
+    gpu_index: Tensor | None = None,
 ) -> Tensor:
     check_one_device({"grad": grad, "values": values, "crow": crow, "col": col})
     return grad.new_empty((*grad.shape[:-1], in_features))
@@ -227,27 +227,27 @@ def _fake_grad_values(
     col: Tensor,
     bn: int,
     bk: int,
-    schedule: Tensor | None = None,
+    gpu_index: Tensor | None = None,
 ) -> Tensor:
     check_one_device({"grad": grad, "x": x, "crow": crow, "col": col})
     return grad.new_empty((col.shape[0], bk, bn)).transpose(1, 2)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, crow, col, bias, ctx.out_features, ctx.activation, schedule = inputs
-    ctx.save_for_backward(x, values, crow, col, bias, schedule)
+    x, values, crow, col, bias, ctx.out_features, ctx.activation, gpu_index = inputs
+    ctx.save_for_backward(x, values, crow, col, bias, gpu_index)
 
 
 def _backward(ctx: Any, grad: Tensor, run: Any) -> tuple[Tensor | None, ...]:
-    x, values, crow, col, bias, schedule = ctx.saved_tensors
+    x, values, crow, col, bias, gpu_index = ctx.saved_tensors
     check_tensors(grad=grad, x=x, values=values, crow=crow, col=col, bias=bias)
     if ctx.activation:
         # Computed again rather than kept: M * N numbers for the whole time between are dearer.
-        before = run(x, values, crow, col, bias, ctx.out_features, 0, schedule)
+        before = run(x, values, crow, col, bias, ctx.out_features, 0, gpu_index)
         grad = activation_gradient(grad, before, ctx.activation)
     native = run is _OP and not (WITH_TRITON and x.device.type == "cuda")
     gradients = _native_gradients if native else _triton_gradients
-    pattern = (values, crow, col, schedule)
+    pattern = (values, crow, col, gpu_index)
     grad_x, grad_values = gradients(grad, x, *pattern, ctx.needs_input_grad[:2])
     grad_bias = None
     if ctx.needs_input_grad[4]:
@@ -263,7 +263,7 @@ def _native_gradients(
     values: Tensor,
     crow: Tensor,
     col: Tensor,
-    schedule: Tensor | None,
+    gpu_index: Tensor | None,
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients to x and values by the compiled ops, which take 32 and 64 bits only."""
@@ -287,15 +287,15 @@ def _triton_gradients(
     values: Tensor,
     crow: Tensor,
     col: Tensor,
-    schedule: Tensor | None,
+    gpu_index: Tensor | None,
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """The same by the Triton kernels, in x's dtype with sums in float32."""
     grad_x = grad_values = None
     if wanted[0]:
-        grad_x = _triton_grad_x(grad, values, crow, col, x.shape[-1], schedule)
+        grad_x = _triton_grad_x(grad, values, crow, col, x.shape[-1], gpu_index)
     if wanted[1]:
-        grad_values = _triton_grad_values(grad, x, crow, col, *values.shape[1:], schedule)
+        grad_values = _triton_grad_values(grad, x, crow, col, *values.shape[1:], gpu_index)
     return grad_x, grad_values
 
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from prunelm.ops import gpu_break_even
+from prunelm.ops import gpu_cost
 from prunelm.ops.backend import Explanation, autocast, choose, refusals
-from prunelm.ops.break_even import block_sparse_us, dense_us, low_rank_us
+from prunelm.ops.cpu_cost import block_sparse_us, dense_us, low_rank_us
 from prunelm.sparse import BlockSparse
 
 
@@ -39,17 +39,17 @@ def explain(
         return Explanation(chosen, why, _on_cpu(weight, M, N, K, x.dtype, weights))
     if x.device.type != "cuda":
         return Explanation(chosen, why, {})
-    card = gpu_break_even.card_of(x.device.index or 0)
-    found = {"dense": gpu_break_even.dense_us(card, M, N, K, x.dtype)}
+    card = gpu_cost.card_of(x.device.index or 0)
+    found = {"dense": gpu_cost.dense_us(card, M, N, K, x.dtype)}
     for name in ("cuda", "triton"):
         if isinstance(weight, BlockSparse):
-            found[name] = gpu_break_even.block_sparse_us(
+            found[name] = gpu_cost.block_sparse_us(
                 card, name, M, N, K, weight.nnz, weight.block, x.dtype
             )
         else:
             R = weight[0].shape[0]
-            found[name] = gpu_break_even.low_rank_us(card, name, M, N, K, R, x.dtype)
-            found["reference"] = gpu_break_even.low_rank_us(card, "reference", M, N, K, R, x.dtype)
+            found[name] = gpu_cost.low_rank_us(card, name, M, N, K, R, x.dtype)
+            found["reference"] = gpu_cost.low_rank_us(card, "reference", M, N, K, R, x.dtype)
     return Explanation(
         chosen,
         why,

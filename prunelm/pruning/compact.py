@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunelm.pruning.groups import Groups, Rows, break_even, factorised
+from prunelm.pruning.groups import Groups, Rows, factorised, largest_useful_rank
 from prunelm.pruning.resizing import resize, state_of
 
 
@@ -117,7 +117,7 @@ def settle(state: Mapping[str, Tensor], linears: Collection[str]) -> dict[str, T
         if name not in settled:
             continue
         up, down = settled.pop(f"{linear}.up"), settled.pop(name)
-        if up.shape[1] > break_even(up.shape[0], down.shape[1]):
+        if up.shape[1] > largest_useful_rank(up.shape[0], down.shape[1]):
             settled[f"{linear}.weight"] = (up.float() @ down.float()).to(up.dtype)
             continue
         ratio = (down.float().norm(dim=1) / up.float().norm(dim=0)).sqrt()

@@ -242,7 +242,7 @@ def marginal_cost(
     return total.cpu()
 
 
-def break_even(n: int, k: int) -> int:
+def largest_useful_rank(n: int, k: int) -> int:
     """The highest rank at which factors of a [N, K] weight are smaller than the weight."""
     return max(math.ceil(n * k / (n + k)) - 1, 0) if n and k else 0
 
@@ -250,7 +250,7 @@ def break_even(n: int, k: int) -> int:
 def counts_dense(parameters: Mapping[str, Tensor], linear: str) -> bool:
     """True where the factors of a linear are no smaller than the dense weight."""
     up, down = parameters[f"{linear}.up"], parameters[f"{linear}.down"]
-    return up.shape[1] > break_even(up.shape[0], down.shape[1])
+    return up.shape[1] > largest_useful_rank(up.shape[0], down.shape[1])
 
 
 def factorised(model: nn.Module) -> list[str]:

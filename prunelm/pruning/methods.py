@@ -18,7 +18,7 @@ from prunelm.pruning.groups import (
     Method,
     Rows,
     Tiles,
-    break_even,
+    largest_useful_rank,
     marginal_cost,
     prunable_weights,
 )
@@ -229,7 +229,7 @@ class LowRank(_Joinable):
         for linear in self.architecture.linears(model):
             up, down = parameters[f"{linear}.up"], parameters[f"{linear}.down"]
             (n, rank), k = up.shape, down.shape[1]
-            if break_even(n, k) < self.min_keep:
+            if largest_useful_rank(n, k) < self.min_keep:
                 continue
             parts = (Rows(f"{linear}.up", rank, 1), Rows(f"{linear}.down", rank, 0, scored=False))
             found.append(

@@ -1,11 +1,11 @@
-"""The schedule of a pattern against a search through it, block by block."""
+"""The GPU index of a pattern against a search through it, block by block."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from prunelm import BlockSparse
-from prunelm.schedule import Groups, Schedule, group_size, make_schedule
+from prunelm.gpu_index import GpuIndex, RowGroups, group_size, make_gpu_index
 
 SHAPES = [
     pytest.param(64, 96, (16, 16), 0.4, id="whole"),
@@ -21,10 +21,10 @@ SHAPES = [
 def stored(N: int, K: int, block: tuple[int, int], keep: float) -> tuple[BlockSparse, Tensor]:
     mask = torch.rand(-(-N // block[0]), -(-K // block[1])) < keep
     mask[len(mask) // 2] = False
-    return BlockSparse.from_dense(torch.randn(N, K), block, mask).scheduled(), mask
+    return BlockSparse.from_dense(torch.randn(N, K), block, mask).with_gpu_index(), mask
 
 
-def assert_groups(groups: Groups, mask: Tensor, number: Tensor) -> None:
+def assert_groups(groups: RowGroups, mask: Tensor, number: Tensor) -> None:
     """`number` [rows, cols] says which stored block stands where, -1: none."""
     lengths = groups.pointer.diff()
     for i in range(len(groups.order)):
@@ -43,45 +43,45 @@ def assert_groups(groups: Groups, mask: Tensor, number: Tensor) -> None:
 @pytest.mark.parametrize("N, K, block, keep", SHAPES)
 def test_schedule(N: int, K: int, block: tuple[int, int], keep: float) -> None:
     weight, mask = stored(N, K, block, keep)
-    assert weight.schedule is not None and weight.schedule.dtype == torch.int32
-    schedule = Schedule(weight.schedule, weight.shape, block, weight.nnz)
+    assert weight.gpu_index is not None and weight.gpu_index.dtype == torch.int32
+    gpu_index = GpuIndex(weight.gpu_index, weight.shape, block, weight.nnz)
     rows, cols = mask.shape
     number = torch.full((rows, cols), -1)
     number[mask] = torch.arange(weight.nnz)
     for row in range(rows):
         for i in range(9):
             before = int(mask[row, : i * -(-cols // 8)].sum())
-            assert int(schedule.cut[row, i]) == int(weight.crow[row]) + before
-    assert (schedule.by_row.size, schedule.by_column.size) == tuple(map(group_size, block))
-    assert_groups(schedule.by_row, mask, number)
-    assert_groups(schedule.by_column, mask.T, number.T)
+            assert int(gpu_index.cut[row, i]) == int(weight.crow[row]) + before
+    assert (gpu_index.by_row.size, gpu_index.by_column.size) == tuple(map(group_size, block))
+    assert_groups(gpu_index.by_row, mask, number)
+    assert_groups(gpu_index.by_column, mask.T, number.T)
 
 
 def test_the_cut_comes_first_and_every_part_at_16_bytes() -> None:
     weight, _ = stored(300, 50, (16, 4), 0.3)
-    assert weight.schedule is not None
-    schedule = Schedule(weight.schedule, weight.shape, weight.block, weight.nnz)
-    assert schedule.cut.storage_offset() == 0
-    for groups in (schedule.by_row, schedule.by_column):
+    assert weight.gpu_index is not None
+    gpu_index = GpuIndex(weight.gpu_index, weight.shape, weight.block, weight.nnz)
+    assert gpu_index.cut.storage_offset() == 0
+    for groups in (gpu_index.by_row, gpu_index.by_column):
         for part in (groups.pointer, groups.column, groups.block, groups.order):
             assert part.storage_offset() % 4 == 0 and part.is_contiguous()
 
 
 def test_a_weight_is_scheduled_once_and_never_on_a_cpu_unasked() -> None:
     weight = BlockSparse.from_dense(torch.randn(32, 32), (16, 16))
-    assert weight.schedule is None
-    scheduled = weight.scheduled()
-    assert scheduled.scheduled() is scheduled and scheduled.values is weight.values
+    assert weight.gpu_index is None
+    indexed = weight.with_gpu_index()
+    assert indexed.with_gpu_index() is indexed and indexed.values is weight.values
 
 
 def test_it_is_traceable() -> None:
     weight, _ = stored(64, 96, (16, 16), 0.4)
 
     def make(crow: Tensor, col: Tensor) -> Tensor | None:
-        return BlockSparse(weight.values, crow, col, weight.shape).scheduled().schedule
+        return BlockSparse(weight.values, crow, col, weight.shape).with_gpu_index().gpu_index
 
     compiled = torch.compile(make, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(weight.crow, weight.col), weight.schedule)
+    assert torch.equal(compiled(weight.crow, weight.col), weight.gpu_index)
 
 
 def test_group_sizes_fill_a_tile_and_stay_small() -> None:
@@ -91,15 +91,15 @@ def test_group_sizes_fill_a_tile_and_stay_small() -> None:
 
 def test_the_schedule_of_another_number_of_blocks_is_refused() -> None:
     weight, _ = stored(64, 96, (16, 16), 0.4)
-    assert weight.schedule is not None
-    with pytest.raises(ValueError, match=r"schedule: expected int32 \[\d+\] for 3 blocks, got"):
-        Schedule(weight.schedule, weight.shape, weight.block, 3)
+    assert weight.gpu_index is not None
+    with pytest.raises(ValueError, match=r"gpu_index: expected int32 \[\d+\] for 3 blocks, got"):
+        GpuIndex(weight.gpu_index, weight.shape, weight.block, 3)
 
 
 def test_more_blocks_than_int32_counts_in_groups_are_refused() -> None:
     crow = torch.empty(2**20 + 1, dtype=torch.int32, device="meta")
     col = torch.empty(2**28, dtype=torch.int32, device="meta")
     with pytest.raises(
-        ValueError, match=r"schedule: expected at most 268435455 blocks of \(1, 1\)"
+        ValueError, match=r"gpu_index: expected at most 268435455 blocks of \(1, 1\)"
     ):
-        make_schedule(crow, col, (2**20, 2**20), (1, 1))
+        make_gpu_index(crow, col, (2**20, 2**20), (1, 1))

@@ -51,6 +51,6 @@ struct BeamOutput {
 };
 
 // Throws where a slot or row number is not as it may be.
-void beam_search(const BeamInput& in, const BeamOutput& out);
+void choose_extensions(const BeamInput& in, const BeamOutput& out);
 
 }  // namespace prunelm

@@ -47,7 +47,7 @@ class GraphedCache:
         return GraphedCache(self.inner.select(slots, capacity + 1))
 
 
-class GraphedLM:
+class CudaGraphLM:
     """`TransformerLM`'s stepping with all kernels of a step in one launch, for `Fusion`.
 
     A graph is captured for each cache and size: rows and path length, each padded to a power of

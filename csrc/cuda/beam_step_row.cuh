@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/async_copy.cuh"
-#include "cuda/beam_select.cuh"
+#include "cuda/beam_step_select.cuh"
 
 namespace prunelm::cuda {
 

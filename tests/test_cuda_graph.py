@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prunelm.models.graphed import GraphedLM, power_of_two
+from prunelm.models.cuda_graph import CudaGraphLM, power_of_two
 from prunelm.models.lm import LayerSizes, LMConfig, TransformerLM
 from prunelm.nn import BlockSparseLinear
 
@@ -64,7 +64,7 @@ def batches(g: torch.Generator) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
 def assert_equal_steps(model: TransformerLM, device: str, tolerance: float) -> None:
     model = copy.deepcopy(model).to(device)
-    graphed, capacity = GraphedLM(model), 40
+    graphed, capacity = CudaGraphLM(model), 40
     plain_cache, cache = model.new_cache(capacity), graphed.new_cache(capacity)
     for i, batch in enumerate(batches(torch.Generator().manual_seed(2))):
         if i == 3:  # more slots, as a search that grows asks for them
@@ -101,7 +101,7 @@ def test_weights_updated_in_place_are_seen() -> None:
     torch.use_deterministic_algorithms(False)
     try:
         model = model_of("dense").to("cuda")
-        graphed = GraphedLM(model)
+        graphed = CudaGraphLM(model)
         cache = graphed.new_cache(4)
         batch = (torch.tensor([1]), torch.tensor([[0]]), torch.tensor([1]))
         before = graphed.step(*batch, cache)
@@ -146,7 +146,7 @@ def step_without_data(model: TransformerLM) -> int:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_nothing_in_a_step_waits_for_the_device(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Unknown for the meta device. The ops themselves are traced in test_gpu_break_even.py.
+    # Unknown for the meta device. The ops themselves are traced in test_gpu_cost.py.
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     assert step_without_data(model_of(form)) > 20
 
@@ -172,12 +172,12 @@ def test_what_waits_would_be_seen(waits: Any) -> None:
 
 
 def test_a_step_may_be_captured_in_inference_mode_and_used_outside() -> None:
-    graphed = GraphedLM(model_of("dense"))
+    graphed = CudaGraphLM(model_of("dense"))
     batch = (torch.tensor([1]), torch.tensor([[0]]), torch.tensor([1]))
     with torch.inference_mode():
         cache = graphed.new_cache(4)
         first = graphed.step(*batch, cache)
-    graphed = GraphedLM(model_of("dense"))
+    graphed = CudaGraphLM(model_of("dense"))
     cache = graphed.new_cache(4)
     with torch.inference_mode():
         graphed.step(*batch, cache)
@@ -194,7 +194,7 @@ def test_a_graphed_model_fuses_like_a_plain_one() -> None:
     from prunelm.decoding.prefix_tree import NewRows
 
     model = model_of("dense")
-    rows = [LMRows(Fusion(lm, 0.3), VOCABULARY) for lm in (model, GraphedLM(model))]
+    rows = [LMRows(Fusion(lm, 0.3), VOCABULARY) for lm in (model, CudaGraphLM(model))]
     with torch.inference_mode():
         for i, (tokens, path, length) in enumerate(batches(torch.Generator().manual_seed(3))):
             place = path.gather(1, length[:, None] - 1)[:, 0]

@@ -10,12 +10,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prunelm import BlockSparse, ops
 from prunelm.benchmarks import gpu_choice
+from prunelm.gpu_index import make_gpu_index
 from prunelm.nn import BLOCKS, BlockSparseLinear, LowRankLinear
 from prunelm.nn.acceleration import _accelerated_on_gpu, _multiplied_out
-from prunelm.ops import gpu_break_even as model
+from prunelm.ops import gpu_cost as model
 from prunelm.ops.backend import WITH_CUDA, WITH_TRITON
-from prunelm.ops.gpu_break_even import KINDS, card_named
-from prunelm.schedule import make_schedule
+from prunelm.ops.gpu_cost import KINDS, card_named
 
 H100 = KINDS[9]
 BF16, FLOAT = torch.bfloat16, torch.float32
@@ -182,9 +182,9 @@ def block_sparse(N: int, K: int, nnz: int, block: int) -> BlockSparse:
     crow, col = on_card(N // block + 1, dtype=torch.int32), on_card(nnz, dtype=torch.int32)
     # As long as that of such a pattern; on a card it cannot be computed here.
     on_cpu = torch.empty(N // block + 1, dtype=torch.int32), torch.empty(nnz, dtype=torch.int32)
-    length = make_schedule(*on_cpu, (N, K), (block, block)).numel()
-    schedule = on_card(length, dtype=torch.int32)
-    return BlockSparse(values, crow, col, (N, K), schedule)
+    length = make_gpu_index(*on_cpu, (N, K), (block, block)).numel()
+    gpu_index = on_card(length, dtype=torch.int32)
+    return BlockSparse(values, crow, col, (N, K), gpu_index)
 
 
 needs_both = pytest.mark.skipif(

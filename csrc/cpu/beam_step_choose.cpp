@@ -1,5 +1,5 @@
 // The search behind beam_step; contract in prunelm/ops/beam_step.py.
-#include "cpu/beam_search.h"
+#include "cpu/beam_step_choose.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "cpu/beam_step.h"
-#include "cpu/beam_workspace.h"
+#include "cpu/beam_step_workspace.h"
 
 namespace prunelm {
 namespace {
@@ -388,7 +388,7 @@ void check_rows(const BeamInput& in) {
 
 }  // namespace
 
-void beam_search(const BeamInput& in, const BeamOutput& out) {
+void choose_extensions(const BeamInput& in, const BeamOutput& out) {
   in.wide_score ? check_rows<double>(in) : check_rows<float>(in);
   const auto search = in.wide_logits ? (in.wide_score ? run<double, double> : run<double, float>)
                                      : (in.wide_score ? run<float, double> : run<float, float>);

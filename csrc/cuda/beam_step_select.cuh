@@ -24,7 +24,7 @@ struct alignas(2 * sizeof(S)) Candidate {
 };
 
 template <typename S>
-__device__ Candidate<S> nobody() {
+__device__ Candidate<S> no_candidate() {
   return {-S(INFINITY), kNowhere};
 }
 
@@ -143,7 +143,7 @@ __device__ void select_by_rounds(Team team, Source& source, const Selection<S>& 
   const int thread = team.thread(), threads = team.size();
   Candidate<S> last{S(INFINITY), 0};
   for (int64_t j = 0; j < count; ++j) {
-    Candidate<S> best = nobody<S>();
+    Candidate<S> best = no_candidate<S>();
 #pragma unroll 1
     for (uint32_t p = thread; p < source.pieces(); p += threads) {
       S total[kPiece];
@@ -195,9 +195,9 @@ template <typename Team, typename Source, typename S>
 __device__ void select(Team team, Source& source, const Selection<S>& shared, int64_t count) {
   const int thread = team.thread(), threads = team.size();
   const bool few = source.pieces() <= kFew / kPiece;
-  if (thread == 0) *shared.found = {nobody<S>(), 0, 0};
-  for (int64_t j = thread; j < count; j += threads) shared.best[j] = nobody<S>();
-  Candidate<S> mine = nobody<S>();
+  if (thread == 0) *shared.found = {no_candidate<S>(), 0, 0};
+  for (int64_t j = thread; j < count; j += threads) shared.best[j] = no_candidate<S>();
+  Candidate<S> mine = no_candidate<S>();
 #pragma unroll 1
   for (uint32_t p = thread; p < source.pieces(); p += threads) {
     S total[kPiece];

@@ -18,7 +18,7 @@ def group_size(b: int) -> int:
 
 
 @dataclass(frozen=True)
-class Groups:
+class RowGroups:
     """Neighbouring block rows taken together, over the union of their block columns.
 
     Attributes:
@@ -40,17 +40,17 @@ class Groups:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class GpuIndex:
     """Named views into the one int32 tensor that travels with a weight.
 
     Attributes:
-        tensor: from `make_schedule`; where its parts begin follows from the sizes alone.
+        tensor: from `make_gpu_index`; where its parts begin follows from the sizes alone.
         shape: (N, K).
         block: (bn, bk).
         nnz: stored blocks.
 
     Raises:
-        ValueError: the tensor is not a schedule for that many such blocks.
+        ValueError: the tensor is not a GPU index for that many such blocks.
     """
 
     tensor: Tensor
@@ -62,7 +62,7 @@ class Schedule:
         size = self._by_column + self._groups_size(1)
         if self.tensor.dtype != torch.int32 or self.tensor.shape != (size,):
             raise ValueError(
-                f"schedule: expected int32 [{size}] for {self.nnz} blocks, got "
+                f"gpu_index: expected int32 [{size}] for {self.nnz} blocks, got "
                 f"{self.tensor.dtype} {list(self.tensor.shape)}"
             )
 
@@ -75,12 +75,12 @@ class Schedule:
         return self._part(0, (self._lines(0), PARTS + 1))
 
     @property
-    def by_row(self) -> Groups:
+    def by_row(self) -> RowGroups:
         """Groups of block rows, for products with the weight's transpose."""
         return self._groups(self._by_row, 0)
 
     @property
-    def by_column(self) -> Groups:
+    def by_column(self) -> RowGroups:
         """The same of the transposed weight, for the gradient to x."""
         return self._groups(self._by_column, 1)
 
@@ -103,22 +103,22 @@ class Schedule:
     def _groups_size(self, side: int) -> int:
         return sum(_aligned(math.prod(shape)) for shape in self._groups_shapes(side))
 
-    def _groups(self, begin: int, side: int) -> Groups:
+    def _groups(self, begin: int, side: int) -> RowGroups:
         parts = []
         for shape in self._groups_shapes(side):
             parts.append(self._part(begin, shape))
             begin += _aligned(math.prod(shape))
-        return Groups(*parts)
+        return RowGroups(*parts)
 
     def _part(self, begin: int, shape: tuple[int, ...]) -> Tensor:
         strides = (1,) if len(shape) == 1 else (shape[1], 1)
         return self.tensor.as_strided(shape, strides, self.tensor.storage_offset() + begin)
 
 
-def make_schedule(
+def make_gpu_index(
     crow: Tensor, col: Tensor, shape: tuple[int, int], block: tuple[int, int]
 ) -> Tensor:
-    """The schedule of a pattern, int32 on the pattern's device; nothing waits for the device.
+    """The GPU index of a pattern, int32 on the pattern's device; nothing waits for the device.
 
     Args:
         crow: [ceil(N / bn) + 1] int32.
@@ -133,7 +133,7 @@ def make_schedule(
     device, nnz = crow.device, col.shape[0]
     most = INT32_MAX // max(map(group_size, block))
     if nnz > most:
-        raise ValueError(f"schedule: expected at most {most} blocks of {block}, got {nnz}")
+        raise ValueError(f"gpu_index: expected at most {most} blocks of {block}, got {nnz}")
     row = torch.searchsorted(
         crow[1:], torch.arange(nnz, dtype=torch.int32, device=device), right=True
     )
@@ -150,7 +150,7 @@ def make_schedule(
 
 
 def _groups(row: Tensor, column: Tensor, rows: int, cols: int, size: int) -> tuple[Tensor, ...]:
-    """The parts of Groups, int64, for stored blocks at (row, column) in any order."""
+    """The parts of `RowGroups`, int64, for stored blocks at (row, column) in any order."""
     nnz, groups = row.shape[0], -(-rows // size)
     slot = row % size
     key = (row // size) * cols + column  # which union, and where in it
