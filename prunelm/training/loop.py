@@ -68,8 +68,9 @@ def train(
         loss: the mean loss of one batch, a scalar.
         folder: takes `training.pt`, from which a later call with the same arguments resumes,
             `log.jsonl`, and `run.json`: what shapes the result. A call with anything else, or
-            with other batches, is refused, but for more `steps`, which extend the run, and another `log_every` or
-            `checkpoint_every`. One process at a time works in a folder. None: nothing is written.
+            with other batches, is refused, but for more `steps`, which extend the run, and another
+            `log_every` or `checkpoint_every`. One process at a time works in a folder. None:
+            nothing is written.
         validate: lower is better. The best weights are kept, and are the model's at the end.
         masks: by parameter name, bool, of its shape; what is False becomes zero and stays zero.
         tokenizer: with `folder`, the result is saved there as `load_model` reads it.
