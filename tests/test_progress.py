@@ -104,7 +104,7 @@ def test_elsewhere_there_is_a_line_now_and_then(
     monkeypatch.setattr(progress, "_SECONDS", 0.0)
     with progress.stages() as watch:
         watch("gradient", 1, 2000)
-    assert capsys.readouterr().out == "gradient 1/2,000  0 s\n"
+    assert capsys.readouterr() == ("", "gradient 1/2,000  0 s\n")
 
 
 def test_validation_shows_in_the_bar(terminal: None, capsys: pytest.CaptureFixture[str]) -> None:

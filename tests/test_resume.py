@@ -6,13 +6,13 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from tiny_commands import LM, PRUNE, SPEECH, contents, refusal, weights, words, write_room
 
 from prunelm.cli import main
 from prunelm.data.runs import WORK
@@ -22,32 +22,12 @@ from prunelm.pruning.result import load_result
 from prunelm.training import loop
 from prunelm.training.checkpoint import load_model, save_model
 
-LINES = [f"{a} the {b} {c}" for a in ("turn on", "dim", "close") for b in ("red", "big", "old")
-         for c in ("door", "lamp", "fan")]  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with texts, lm/ and a corpus of noise."""
+    """The folder that commands run in."""
     folder = tmp_path_factory.mktemp("room")
-    (folder / "text.txt").write_text("\n".join(LINES * 4) + "\n")
-    (folder / "other.txt").write_text("\n".join(LINES[1:] * 4) + "\n")
-    (folder / "valid.txt").write_text("\n".join(LINES[::5]) + "\n")
-    (folder / "valid2.txt").write_text("\n".join(LINES[::7]) + "\n")
-    torch.manual_seed(1)
-    tokenizer = Tokenizer.train(LINES, 24, "char")
-    tokenizer.save(folder / "own.model")
-    save_model(
-        folder / "lm", TransformerLM(LMConfig.preset("tiny", tokenizer.vocab_size)), tokenizer
-    )
-    generator = np.random.default_rng(0)
-    rows = ["id\tpath\tspeaker\ttext"]
-    for i in range(6):
-        audio = 0.1 * generator.standard_normal(6000 + 500 * i)
-        soundfile.write(folder / f"{i}.wav", audio, 16000)
-        rows.append(f"u{i}\t{i}.wav\ts{i % 3}\t{LINES[i]}")
-    (folder / "train.tsv").write_text("\n".join(rows) + "\n")
-    (folder / "valid.tsv").write_text("\n".join(rows[:3]) + "\n")
+    write_room(folder)
     return folder
 
 
@@ -55,47 +35,6 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _inside(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(room)
     torch.set_num_threads(1)
-
-
-LM = {
-    "text": "text.txt", "valid": "valid.txt", "preset": "tiny", "units": "char",
-    "vocab-size": "24", "batch": "4", "length": "16", "dropout": "0.1", "options.steps": "4",
-    "options.warmup": "1", "options.checkpoint-every": "2", "options.validate-every": "2",
-}  # fmt: skip
-SPEECH = {
-    "corpus": ".", "layers": "1", "dim": "16", "heads": "2", "ff": "16", "seconds": "2",
-    "ctc-first": "1", "options.steps": "3", "options.checkpoint-every": "2",
-    "augmentation.begin": "0",
-}  # fmt: skip
-PRUNE = {
-    "model": "lm", "target": "70%", "text": "text.txt", "valid": "valid.txt", "method": "Neurons",
-    "criterion.batches": "2", "recovery": "Finetune", "recovery.steps": "3", "batch": "4",
-    "length": "16",
-}  # fmt: skip
-
-
-def words(command: str, options: dict[str, str], out: Path, **changes: str) -> list[str]:
-    """A command line; `changes` with _ for - and __ for a dot."""
-    named = {k.replace("__", ".").replace("_", "-"): v for k, v in changes.items()}
-    given = {**options, **named, "out": str(out)}
-    return [*command.split(), *(w for k, v in given.items() for w in (f"--{k}", v))]
-
-
-def refusal(capsys: pytest.CaptureFixture[str], line: Sequence[str], code: int = 1) -> str:
-    """The one line on stderr of a command that fails."""
-    capsys.readouterr()
-    assert main(list(line)) == code
-    said = capsys.readouterr().err
-    assert said.startswith("prunelm: ") and said.count("\n") == 1, said
-    return said.removeprefix("prunelm: ").removeprefix("error: ").rstrip()
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def weights(folder: Path) -> bytes:
-    return (folder / "model.safetensors").read_bytes()
 
 
 class Stopping:
@@ -123,6 +62,7 @@ CHANGES = [
     ({"valid": "valid2.txt"}, "valid digest"),
     ({"batch": "5"}, "batch 5, got 4"),
     ({"length": "8"}, "length 8, got 16"),
+    ({"normalise": "true"}, "normalise True, got False"),
     ({"dropout": "0.2"}, "dropout 0.2, got 0.1"),
     ({"tokenizer": "own.model"}, "vocabulary given, got char, 24"),
     ({"vocab_size": "30"}, "vocabulary char, 30, got char, 24"),
@@ -282,6 +222,7 @@ def test_another_pruning_is_refused_by_name(
         ({"valid": "valid2.txt"}, "valid digest"),
         ({"batch": "5"}, "batch 5, got 4"),
         ({"length": "8"}, "length 8, got 16"),
+        ({"normalise": "true"}, "normalise True, got False"),
         ({"target": "60%"}, "target 60%, got 70%"),
         ({"criterion": other}, f"criterion {other}"),
         ({"recovery__steps": "4"}, "recovery Finetune(steps=4"),
@@ -362,61 +303,6 @@ def test_finished_sizes_stand_when_a_later_one_fails(
     assert load_result(tmp_path / "out" / "80pc").rounds == first.rounds
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["60pc", "70pc", "80pc", "run.json"]
-
-
-TRAIN_LM = [
-    ("layers", "0"), ("layers", "-1"), ("heads", "0"), ("ff", "0"), ("dim", "0"), ("dim", "-8"),
-    ("head_dim", "0"), ("head_dim", "3"), ("batch", "0"), ("length", "0"), ("vocab_size", "0"),
-    ("dropout", "1.5"), ("dropout", "-0.1"), ("dropout", "nan"), ("threads", "0"),
-    ("options__steps", "-1"), ("options__lr", "nan"), ("options__lr", "inf"),
-    ("options__lr", "-1"), ("options__warmup", "-1"), ("options__clip", "0"),
-    ("options__weight_decay", "nan"), ("options__weight_decay", "-1"),
-    ("options__final_lr_fraction", "2"), ("options__accumulate", "0"),
-    ("options__average", "1"), ("options__log_every", "-1"), ("options__validate_every", "-1"),
-    ("options__checkpoint_every", "-1"), ("options__seed", "9" * 30),
-]  # fmt: skip
-TRAIN_RECOGNISER = [
-    ("layers", "0"), ("dim", "0"), ("heads", "0"), ("heads", "5"), ("heads", "16"), ("ff", "0"),
-    ("dropout", "1"), ("seconds", "0"), ("seconds", "nan"), ("seconds", "inf"),
-    ("ctc_first", "-1"), ("hold_out", "-1"), ("vocab_size", "0"), ("threads", "-2"),
-    ("augmentation__begin", "-1"), ("augmentation__warp", "1"),
-    ("augmentation__time_masks", "-1"), ("augmentation__time_share", "2"),
-    ("augmentation__bin_masks", "-1"), ("augmentation__bin_width", "-1"),
-]  # fmt: skip
-PRUNING = [
-    ("batch", "0"), ("batch", "-1"), ("length", "0"), ("threads", "0"),
-    ("criterion__batches", "0"), ("recovery__steps", "-1"), ("recovery__lr", "nan"),
-    ("recovery__lr", "inf"), ("recovery__temperature", "inf"), ("recovery__weight_decay", "-1"),
-    ("recovery__last", "nan"), ("recovery__distill", "nan"),
-]  # fmt: skip
-PLANNING = [("batch", "0"), ("length", "-3"), ("criterion__batches", "0")]
-NUMBERS = [
-    *(("train lm", LM, *each) for each in TRAIN_LM),
-    *(("train recogniser", SPEECH, *each) for each in TRAIN_RECOGNISER),
-    *(("prune", PRUNE, *each) for each in PRUNING),
-    *(("plan", {n: PRUNE[n] for n in ("model", "target", "text")}, *each) for each in PLANNING),
-]
-
-
-def test_numbers_without_a_meaning_are_refused_before_any_work(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def work(*_: object, **__: object) -> None:
-        raise AssertionError("work was done")
-
-    for name in ("texts.read_lines", "training.load_corpus", "training.file_fact",
-                 "pruning.file_fact", "pruning.load_pretrained"):  # fmt: skip
-        monkeypatch.setattr(f"prunelm.cli.{name}", work)
-    for command, options, name, value in NUMBERS:
-        capsys.readouterr()
-        line = words(command, options, tmp_path / "out", **{name: value})
-        line = line[:-2] if command == "plan" else line
-        assert main(line) in (1, 2)
-        said = capsys.readouterr().err
-        assert said.count("\n") == 1, said
-        option = name.replace("__", ".").removeprefix("recovery.").removeprefix("criterion.")
-        assert re.match(rf"prunelm: error: (\w+\.)*{re.escape(option)}: expected ", said), said
-        assert list(tmp_path.iterdir()) == []
 
 
 # Forks children that run a command, kills each at a random moment, and lets the last one finish.

@@ -1,6 +1,6 @@
 """Models inside torch's wrappers are trained, saved and pruned as they are, or refused at once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from prunelm import Finetune, Heads, Incremental, Magnitude, Neurons, Pruner, Ta
 from prunelm.data.tokenizer import Tokenizer
 from prunelm.models.lm import LMConfig, TransformerLM
 from prunelm.pruning.calibration import samples_in
+from prunelm.training.batches import batch_digest
 from prunelm.training.checkpoint import load_model
 from prunelm.training.distill import distilled_from
 from prunelm.training.loop import TrainOptions, train
@@ -271,3 +272,51 @@ def test_a_run_holds_its_folder(tmp_path: Path) -> None:
     calls[:] = [lambda: Pruner(Neurons(), Magnitude()).run(fresh(), "80%", folder=tmp_path / "b")]
     Pruner(Neurons(), Taylor(batches=2)).run(fresh(), "70%", watching, folder=tmp_path / "b")
     assert any(f"{tmp_path / 'b'}: expected a folder that no" in each for each in caught)
+
+
+@pytest.mark.parametrize("pack", [lambda x: x, lambda x: {"rows": x, "lang": "en"}])
+def test_other_batches_are_another_run_whoever_calls(tmp_path: Path, pack: Any) -> None:
+    """Also where the caller records nothing."""
+
+    def rows(model: nn.Module, batch: Any) -> Tensor:
+        return loss(model, batch["rows"] if isinstance(batch, dict) else batch)
+
+    def stopping(at: int) -> Any:
+        def call(step: int) -> Any:
+            if step == at:
+                raise KeyboardInterrupt
+            return pack(data(step))
+
+        return call
+
+    def other(step: int) -> Any:
+        return pack(data(step + 100))
+
+    options = TrainOptions(steps=6, lr=1e-2, warmup=1, checkpoint_every=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(fresh(), stopping(5), rows, options, folder=tmp_path / "lm")
+    message = r"expected a run with batch \d of digest \w{12}, got \w{12}: .* remove this one$"
+    with pytest.raises(ValueError, match=message):
+        train(fresh(), other, rows, options, folder=tmp_path / "lm")
+    train(fresh(), stopping(99), rows, options, folder=tmp_path / "lm")
+    with pytest.raises(ValueError, match=message):  # longer, and with other batches
+        train(fresh(), other, rows, replace(options, steps=9), folder=tmp_path / "lm")
+    for criterion in (Magnitude(), Taylor(batches=1)):
+        work = Pruner(Neurons(), criterion, Incremental(2), Finetune(steps=6))
+        folder = tmp_path / type(criterion).__name__
+        with pytest.raises(KeyboardInterrupt):
+            work.run(fresh(), "70%", stopping(3), loss=rows, folder=folder)
+        with pytest.raises(ValueError, match=message):
+            work.run(fresh(), "70%", other, loss=rows, folder=folder)
+        work.run(fresh(), "70%", stopping(99), loss=rows, folder=folder)
+        work.run(fresh(), "70%", never, loss=rows, folder=folder)
+
+
+def test_a_digest_changes_with_anything_in_a_batch() -> None:
+    made = [
+        data(0), data(1), data(0).int(), data(0)[:2], data(0).bfloat16(), {"x": data(0), "y": "a"},
+        {"x": data(0), "y": "b"}, Rows("a", 0.5, data(0)), Rows("a", 0.25, data(0)),
+        torch.tensor(3), torch.zeros(0, 3), [data(0).numpy(), 2],
+    ]  # fmt: skip
+    assert len({batch_digest(batch) for batch in made}) == len(made)
+    assert batch_digest(data(0)) == batch_digest(data(0).t().contiguous().t())

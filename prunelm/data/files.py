@@ -91,7 +91,7 @@ def sweep(folder: Path | str, depth: int = 0) -> None:
 
 def _remove_unless_locked(path: str) -> None:
     try:
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDWR)  # some file systems lock only what may be written
     except OSError:
         return
     try:
@@ -104,13 +104,11 @@ def _remove_unless_locked(path: str) -> None:
 
 
 def _lock(handle: int) -> bool:
-    """Whether nobody else holds an open file; where files cannot be locked, nobody does."""
+    """Whether an open file is locked now: not where another holds it, or files cannot be locked."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
     except OSError:
-        return True
+        return False
     return True
 
 

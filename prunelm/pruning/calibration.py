@@ -1,6 +1,6 @@
 """What the data say about a model: mean gradients and losses over a fixed list of batches."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from prunelm.training.batches import leaves
 from prunelm.training.progress import Watch
 
 Data = Callable[[int], Any]
@@ -122,28 +123,8 @@ def samples_in(batch: Any) -> int:
     """
     if isinstance(batch, Tensor) and batch.dim() == 2:
         return batch[:, 1:].numel()
-    return next(_lengths(batch, set()), 1)
-
-
-def _lengths(batch: Any, seen: set[int]) -> Iterator[int]:
-    """The lengths of a batch's tensors; `seen` keeps objects that hold themselves apart."""
-    shape = getattr(batch, "shape", None)
-    if shape is not None and not isinstance(batch, type):
-        yield from [int(shape[0])] if len(shape) else []
-        return
-    if batch is None or isinstance(batch, str | bytes | int | float) or id(batch) in seen:
-        return
-    seen = {*seen, id(batch)}
-    parts: Iterable[Any]
-    if isinstance(batch, Mapping):
-        parts = batch.values()
-    elif isinstance(batch, Sequence):
-        parts = batch
-    else:
-        slots = [name for name in getattr(batch, "__slots__", ()) if hasattr(batch, name)]
-        parts = [*getattr(batch, "__dict__", {}).values(), *(getattr(batch, n) for n in slots)]
-    for part in parts:
-        yield from _lengths(part, seen)
+    shapes: Iterator[Any] = (getattr(leaf, "shape", ()) for leaf in leaves(batch))
+    return next((int(shape[0]) for shape in shapes if len(shape)), 1)
 
 
 @contextmanager

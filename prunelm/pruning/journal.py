@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from prunelm.pruning.calibration import is_main_process, wait_for_all
 from prunelm.pruning.recovery import clear
 from prunelm.pruning.resizing import numbers_of, resize, state_of
 from prunelm.pruning.result import Round, read_masks, write_masks
+from prunelm.training.batches import batch_digest
 from prunelm.training.facts import config_facts, last_bits
 
 
@@ -53,6 +54,22 @@ class Journal:
             device = next(model.parameters()).device
             claim(self.folder, own, noted=last_bits(device), makes=("round-000",))
         wait_for_all()
+
+    def check_batch(self, data: Callable[[int], Any] | None) -> None:
+        """Notes the first batch; ValueError where a stopped run goes on with another."""
+        if self.folder is None or data is None or not is_main_process():
+            return
+        path, digest = self.folder / "batch.json", batch_digest(data(0))
+        before = _read_json(path).get("digest") if path.is_file() else None
+        if before is None:
+            with replace_file(path) as temporary:
+                temporary.write_text(json.dumps({"digest": digest}) + "\n", encoding="utf-8")
+        elif before != digest:
+            raise ValueError(
+                f"{self.folder}: expected a run with batch 0 of digest {digest}, got {before}: "
+                "data must be a pure function of the step, of the same text or speech; choose "
+                "another folder or remove this one"
+            )
 
     def read(self, position: int) -> Entry | None:
         """The round at `position`, None where it is not finished."""

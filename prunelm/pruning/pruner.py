@@ -261,6 +261,7 @@ class _Run:
             entry = self.journal.read(position)
             last = index == len(sizes) - 1
             if entry is None:
+                self.journal.check_batch(self.evidence.data)
                 entry = self.round(size, index, len(sizes))
                 self.journal.write(position, entry, self.model, self.masks, forget=index > 0)
             elif last or self.journal.read(position + 1) is None:

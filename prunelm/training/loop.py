@@ -23,6 +23,7 @@ from prunelm.data.files import replace_file
 from prunelm.data.runs import claim, hold
 from prunelm.data.tokenizer import Tokenizer
 from prunelm.nn import is_accelerated
+from prunelm.training.batches import batch_digest
 from prunelm.training.checkpoint import (
     MODEL_FILES,
     check_savable,
@@ -66,9 +67,10 @@ def train(
         batches: a pure function of the batch's number, counted from 0; any batch that `loss` takes.
         loss: the mean loss of one batch, a scalar.
         folder: takes `training.pt`, from which a later call with the same arguments resumes,
-            `log.jsonl`, and `run.json`: what shapes the result. A call with anything else is
-            refused, but for more `steps`, which extend the run, and another `log_every` or
-            `checkpoint_every`. One process at a time works in a folder. None: nothing is written.
+            `log.jsonl`, and `run.json`: what shapes the result. A call with anything else, or
+            with other batches, is refused, but for more `steps`, which extend the run, and another
+            `log_every` or `checkpoint_every`. One process at a time works in a folder. None:
+            nothing is written.
         validate: lower is better. The best weights are kept, and are the model's at the end.
         masks: by parameter name, bool, of its shape; what is False becomes zero and stays zero.
         tokenizer: with `folder`, the result is saved there as `load_model` reads it.
@@ -165,6 +167,8 @@ class _Run:
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98), fused=True)
         self.history = History()
         self.step = 0
+        self.last: tuple[int, Any] | None = None  # the last batch and its number
+        self.resumed_after: dict[str, Any] | None = None
         self.window: list[float] = []  # losses since the last record
         self.best_weights: dict[str, Tensor] = {}
         self.mean: dict[str, Tensor] = {}
@@ -180,7 +184,7 @@ class _Run:
         try:
             step, window = int(state["step"]), state["window"]
             model, optimizer, best = state["model"], state["optimizer"], state["best_weights"]
-            mean = state["mean"]
+            mean, self.resumed_after = state["mean"], state["batch"]
             history = History(**state["history"])
         except (KeyError, TypeError):
             raise ValueError(f"{path}: expected a training state, got {sorted(state)}") from None
@@ -203,6 +207,7 @@ class _Run:
     ) -> None:
         """Runs the remaining steps."""
         options, begin, before = self.options, time.perf_counter(), self.history.seconds
+        self.check_batches(batches)
         self.write_log()
         with progress(describe if self.rank == 0 else "", options.steps, self.step) as show:
             while self.step < options.steps:
@@ -227,6 +232,19 @@ class _Run:
                     told(record)
                 if self.due(options.checkpoint_every):
                     self.save()
+
+    def check_batches(self, batches: Callable[[int], Any]) -> None:
+        """ValueError where a stopped run goes on with other batches."""
+        before = self.resumed_after
+        if before is None or self.step >= self.options.steps or self.rank != 0:
+            return
+        found = _described(before["number"], batches(before["number"]))
+        if found != before:
+            raise ValueError(
+                f"{self.folder}: expected a run with batch {before['number']} of digest "
+                f"{found['digest']}, got {before['digest']}: batches must be a pure function of "
+                "their number and of the same data; choose another folder or remove this one"
+            )
 
     def follow(self) -> None:
         """Moves the mean towards the weights."""
@@ -257,6 +275,7 @@ class _Run:
         total = torch.zeros((), device=self.device)
         for part in range(parts):
             batch = batches(self.step * parts + part)
+            self.last = (self.step * parts + part, batch)
             last = part == parts - 1
             wait = self.world > 1 and not last
             with self.with_loss.no_sync() if wait else nullcontext():  # type: ignore[operator]
@@ -315,6 +334,7 @@ class _Run:
         state = {
             "options": asdict(self.options),
             "step": self.step,
+            "batch": self.resumed_after if self.last is None else _described(*self.last),
             "window": self.window,
             "model": _copy_of_weights(self.model),
             "optimizer": self.optimizer.state_dict(),
@@ -331,6 +351,10 @@ class _Run:
         with replace_file(self.folder / "log.jsonl") as temporary:
             lines = [json.dumps(record) + "\n" for record in self.history.records]
             temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def _described(number: int, batch: Any) -> dict[str, Any]:
+    return {"number": number, "digest": batch_digest(batch)}
 
 
 def _copy_of_weights(model: nn.Module) -> dict[str, Tensor]:
