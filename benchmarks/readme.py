@@ -42,9 +42,7 @@ def demo(results: Results) -> str:
         for row in results.rows
     ]
     table = markdown(["Model", *(f"{c.heading} ({c.help})" for c in shown)], rows)
-    plot = next(plot for plot in PLOTS if plot.name == PLOT)
     return (
-        f"![{plot.heading}](benchmarks/results/demo.svg)\n\n"
         f"`prunelm demo`: {lead(results)[:1].lower()}{lead(results)[1:]} "
         f"{one_line(dict(results.machine))}.\n\n{table}"
     )

@@ -42,7 +42,7 @@ def test_regions_are_filled_and_the_rest_stays(elsewhere: Path) -> None:
     )
     readme.main(["--demo", str(elsewhere / "run")])
     text = (elsewhere / "README.md").read_text()
-    assert text.startswith("a\n<!-- results: demo -->\n![") and "stale" not in text
+    assert text.startswith("a\n<!-- results: demo -->\n`prunelm demo`: ") and "stale" not in text
     assert "<!-- end -->\nb\n<!-- results: kernels -->\n" in text
     assert "| Heads \\| Neurons, 50% | 500 (50%) | 50.0 |" in text and "| 2.00" in text
     assert "| 16x4 blocks, 75 % zeros | 1.2x | 10.0x | 80.0x |" in text
