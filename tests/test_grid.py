@@ -334,3 +334,22 @@ def test_sizes_and_seeds_without_sense_are_refused_before_any_work(
     with pytest.raises(ValueError, match=said):
         run_study(out, replace(ONE, **changes), data=bed_folder, progress=heard, measuring=QUICK)
     assert not out.exists() and not heard.said and not heard.under_way
+
+
+def test_silent_recordings_and_unknown_characters_in_a_bed(
+    bed_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "bed"
+    folder.mkdir()
+    for path in bed_folder.iterdir():
+        (folder / path.name).symlink_to(path)
+    for name in ("test.tsv", "recovery.txt"):
+        (folder / name).unlink()
+    rows = (bed_folder / "test.tsv").read_text().splitlines()
+    rows[2] = rows[2].rpartition("\t")[0] + "\t"
+    (folder / "test.tsv").write_text("\n".join(rows) + "\n")
+    (folder / "recovery.txt").write_text("\n".join(line.upper() for line in LINES) + "\n")
+    bed = testbed.open_testbed(folder)
+    assert [each.text for each in bed.test].count("") == 1
+    (record,) = caplog.records
+    assert "recovery.txt: 100.0 % of characters are unknown to the tokenizer" in record.message

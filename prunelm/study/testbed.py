@@ -14,11 +14,13 @@ Without recogniser/ and test.tsv only text is judged, and there are no word erro
 """
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prunelm.data.coverage import unknown_characters
 from prunelm.data.runs import digest_of
 from prunelm.data.speech import Utterance, load_corpus
 from prunelm.data.text import TokenBatches, read_lines, text_batches
@@ -89,11 +91,11 @@ def open_testbed(
     if recogniser_folder.exists() or manifest.exists():
         listener = load_recogniser(recogniser_folder, tokenizer=model.tokenizer)
         facts["recogniser"] = f"{_last_two(recogniser_folder)} (weights {listener.weights})"
-        test = load_corpus("manifest", manifest, manifest.stem)
+        test = load_corpus("manifest", manifest, manifest.stem, "allow_empty")
         words = sum(len(utterance.text.split()) for utterance in test)
         facts["test_speech"] = f"{len(test)} utterances, {words:,} words ({speech_digest(test)})"
         if (folder / "valid.tsv").is_file():
-            valid = load_corpus("manifest", folder, "valid")
+            valid = load_corpus("manifest", folder, "valid", "allow_empty")
             facts["valid_speech"] = f"{len(valid)} utterances ({speech_digest(valid)})"
     own_lines = corpus is None and _text(folder, "test").is_file()
     lines = [u.text for u in test] if test and not own_lines else read_lines(_text(folder, "test"))
@@ -105,10 +107,19 @@ def open_testbed(
     if not recovery.is_file():
         raise FileNotFoundError(f"recovery text: expected a file, got {recovery}")
     facts["recovery_text"] = f"{recovery.name} ({_digest(recovery)})"
+    _warn_of_unknown({"test text": lines, "valid text": choosing}, model.tokenizer)
+    _warn_of_unknown({str(recovery): read_lines(recovery)}, model.tokenizer)
     return TestBed(
         model, listener, tuple(test), tuple(valid), tuple(lines),
         tuple(choosing), recovery, facts,
     )  # fmt: skip
+
+
+def _warn_of_unknown(texts: Mapping[str, Sequence[str]], tokenizer: Tokenizer) -> None:
+    for name, lines in texts.items():
+        found = unknown_characters(lines, tokenizer)
+        if found is not None:
+            logging.getLogger("prunelm").warning("%s: %s", name, found)
 
 
 def speech_digest(utterances: Sequence[Utterance]) -> str:
