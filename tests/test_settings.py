@@ -162,3 +162,9 @@ def test_blocks_larger_than_a_weight_need_no_more_memory() -> None:
     assert huge.size == fitting.size < fitting.dense_size
     for name, mask in fitting.masks.items():
         assert torch.equal(huge.masks[name], mask)
+
+
+def test_a_model_of_embeddings_alone_is_told_how() -> None:
+    said = "model: expected 2-d parameters beside embeddings, got Embedding without any; see embedd"
+    with pytest.raises(ValueError, match=said):
+        prunelm.Pruner(prunelm.Blocks(), prunelm.Magnitude()).run(nn.Embedding(8, 8), "50%")

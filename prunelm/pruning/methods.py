@@ -276,7 +276,11 @@ def _tiles(
         floor = math.ceil(min_keep * len(cost))
         found.append(Groups(kind, name, (part,), cost, cost > 0, False, min_keep=floor))
     if not found:
-        raise ValueError(f"model: expected 2-d parameters, got {type(model).__name__} without any")
+        tables = not embedding and prunable_weights(model, True)
+        what, hint = ("beside embeddings", "; see embedding=True") if tables else ("", "")
+        expected = f"2-d parameters {what}".strip()
+        got = type(model).__name__
+        raise ValueError(f"model: expected {expected}, got {got} without any{hint}")
     return found
 
 
