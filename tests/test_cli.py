@@ -276,6 +276,18 @@ def test_bench_hands_its_words_over(
         sys.modules.pop(f"prunelm.benchmarks.{name}")  # monkeypatch would put them back
 
 
+def test_help_fits_a_narrow_terminal_and_says_what_is_a_folder(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["--help"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+    assert main(["study", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"--{name} <folder>" in said for name in ("data", "lm", "recogniser"))
+    assert main(["report", "--help"]) == 0
+    assert "--folder <folder>" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ["kernels", "decoding"])
 def test_bench_shows_its_options(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match=r"^0$"):
