@@ -143,6 +143,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-baseline", action="store_true", help="leave the slow search out")
     parser.add_argument("--save", action="store_true", help="merge into benchmarks/results")
     o = parser.parse_args(words)
+    for name in ("batch", "frames", "vocabulary", "beam", "threads", "runs"):
+        if getattr(o, name) < 1:
+            parser.error(f"{name}: expected at least 1, got {getattr(o, name)}")
     torch.set_num_threads(o.threads)
     model, lms = models(o.vocabulary)
     lengths = torch.linspace(o.frames * 0.6, o.frames, o.batch).long()

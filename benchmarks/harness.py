@@ -44,7 +44,10 @@ def options_of(doc: str, words: Sequence[str] | None, full: str) -> argparse.Nam
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--full", action="store_true", help=full)
     parser.add_argument("--save", action="store_true", help="merge into benchmarks/results")
-    return parser.parse_args(words)
+    options = parser.parse_args(words)
+    if options.threads < 1:
+        parser.error(f"threads: expected at least 1, got {options.threads}")
+    return options
 
 
 def check(got: Tensor, dense: Tensor, exact: Tensor, what: str) -> None:

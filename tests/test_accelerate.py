@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import types
+from typing import Any
 
 import pytest
 import torch
@@ -357,3 +359,19 @@ def test_modules_that_read_weights_compile_and_export(name: str) -> None:
             torch.export.export(fast, (x,)).module(),
         ):
             torch.testing.assert_close(twin(x), fast(x), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (None, "model: expected a torch.nn.Module, got NoneType"),
+        ("runs/lm", "model: expected a torch.nn.Module, got str"),
+        (
+            types.SimpleNamespace(model=nn.Linear(2, 2)),
+            "model: expected a torch.nn.Module, got SimpleNamespace; accelerate its .model",
+        ),
+    ],
+)
+def test_only_modules_are_accelerated(model: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{said}$"):
+        accelerate(model)

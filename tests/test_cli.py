@@ -273,7 +273,33 @@ def test_bench_hands_its_words_over(
     assert main(["bench", "decoding"]) == 0
     assert capsys.readouterr().out == "bench_decoding []\n"
     for name in ("bench_a_linear", "bench_decoding"):
-        monkeypatch.delitem(sys.modules, f"prunelm.benchmarks.{name}", raising=False)
+        sys.modules.pop(f"prunelm.benchmarks.{name}")  # monkeypatch would put them back
+
+
+def test_help_fits_a_narrow_terminal_and_says_what_is_a_folder(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["--help"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+    assert main(["study", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"--{name} <folder>" in said for name in ("data", "lm", "recogniser"))
+    assert main(["report", "--help"]) == 0
+    assert "--folder <folder>" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["kernels", "decoding"])
+def test_bench_shows_its_options(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["bench", kind, "--help"])
+    said = capsys.readouterr()
+    assert f"usage: prunelm bench {kind} [-h]" in said.out
+    assert said.out.startswith("Measures ")
+    assert said.err == ""
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(["bench", kind, "--threads", "0"])
+    complaint = f"prunelm bench {kind}: error: threads: expected at least 1, got 0"
+    assert capsys.readouterr().err.splitlines()[-1] == complaint
 
 
 def test_env(capsys: pytest.CaptureFixture[str]) -> None:

@@ -244,3 +244,37 @@ def test_pruned_models_inherit_what_was_chosen(
     assert prunelm.load_lm("by-hand").tokenizer.fingerprint == lm.tokenizer.fingerprint
     with pytest.raises(ValueError, match="accelerated"):
         prunelm.Pruner(prunelm.Neurons(), prunelm.Magnitude()).run(prunelm.load_lm("lm"), "80%")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--corpus", "test.tsv", "--out", "./test.tsv"], "another file than the input"),
+        (["--corpus", "test.tsv", "--out", "lm/decoding.json"], "a file outside the model's fo"),
+        (["--corpus", "test.tsv", "--out", "recogniser/a.tsv"], "a file outside the model's fo"),
+    ],
+)
+def test_decode_never_writes_over_what_it_reads(
+    words: list[str], said: str, bed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in bed.rglob("*") if path.is_file()}
+    _, err = run(capsys, "decode", "recogniser", "--lm", "lm", *words, code=1)
+    assert err.startswith(f"prunelm: error: out: expected {said}")
+    assert {path: path.read_bytes() for path in bed.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("test.txt", "a name ending in .json, got test.txt"),
+        ("lm/model.safetensors", "a name ending in .json, got lm/model.safetensors"),
+        ("lm/model.json", "a file outside the model's folder, got lm/model.json"),
+    ],
+)
+def test_evaluate_never_writes_over_what_it_reads(
+    out: str, said: str, bed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in bed.rglob("*") if path.is_file()}
+    _, err = run(capsys, "evaluate", "--lm", "lm", "--text", "test.txt", "--out", out, code=1)
+    assert err == f"prunelm: error: out: expected {said}\n"
+    assert {path: path.read_bytes() for path in bed.rglob("*") if path.is_file()} == before

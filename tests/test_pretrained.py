@@ -129,3 +129,11 @@ def test_damaged_settings_are_refused_by_file(change, bed: Path, tmp_path: Path)
     path.write_text(change(path.read_text()))
     with pytest.raises(ValueError, match=r"decoding\.json: expected search settings of format 1"):
         read_chosen(tmp_path)
+
+
+def test_a_folder_of_several_models_names_them(bed: Path) -> None:
+    said = f"model: .*model.json, which does not exist; models lie in {bed}/lm, {bed}/recogniser$"
+    with pytest.raises(FileNotFoundError, match=said):
+        prunelm.load_lm(bed)
+    with pytest.raises(FileNotFoundError, match=r"which does not exist$"):
+        prunelm.load_lm(bed / "none")

@@ -1,8 +1,10 @@
 """Recordings become words one by one, in pieces where they are long, whatever the others do."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -218,3 +220,41 @@ def test_the_joined_list_is_ranked_by_places(models: Models) -> None:
     }
     ranks = [places[each.tokens] for each in joined]
     assert ranks == sorted(ranks) and ranks[0] == 0
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+def test_arrays_say_what_tensors_say(dtype: type, models: Models) -> None:
+    samples = (0.1 * np.random.default_rng(3).standard_normal(6000)).astype(dtype)
+    found = transcribe(models[0], samples, models[1])
+    assert found.text == transcribe(models[0], torch.as_tensor(samples), models[1]).text
+    tensor = torch.as_tensor(samples).requires_grad_()
+    assert [each.text for each in transcribe(models[0], [samples, tensor])] == [
+        transcribe(models[0], samples).text
+    ] * 2
+
+
+@pytest.mark.parametrize(
+    ("audio", "said"),
+    [
+        (None, "audio: expected a file, samples [S], or a list of them, got NoneType"),
+        ([None], "audio: expected a file, samples [S], or a list of them, got NoneType"),
+        ([0.0, 0.1], "audio: expected a file, samples [S], or a list of them, got float"),
+        (np.zeros(8000, np.int16), "audio[0]: expected floating samples in [-1, 1], got int16"),
+        (torch.zeros(8000).bool(), "audio[0]: expected floating samples in [-1, 1], got bool"),
+        (torch.zeros(0), "audio[0]: expected samples, got none"),
+        (np.zeros((8000, 2)), "audio: expected one channel [S], got shape [8000, 2]"),
+    ],
+)
+def test_what_is_no_audio_is_refused(audio: Any, said: str, models: Models) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+        transcribe(models[0], audio)
+
+
+def test_what_is_no_loaded_model_is_refused(models: Models) -> None:
+    recogniser, lm = models
+    swapped: Any = lm
+    with pytest.raises(ValueError, match=r"^recogniser: expected .*load_recogniser gives, got Loa"):
+        transcribe(swapped, torch.zeros(8000))
+    folder: Any = "runs/lm"
+    with pytest.raises(ValueError, match=r"^lm: expected what prunelm.load_lm gives, got str$"):
+        transcribe(recogniser, torch.zeros(8000), folder)

@@ -15,7 +15,7 @@ from prunelm.version import __version__
 
 # command -> (module and function below prunelm.cli, what it does)
 COMMANDS = {
-    "demo": ("studies.demo", "the main job on shipped models: prune, decode with fusion, report"),
+    "demo": ("studies.demo", "the main job on shipped models: prune, decode, report"),
     "train lm": ("training.train_lm", "train a Transformer LM on lines of text"),
     "train recogniser": ("training.train_recogniser", "train a transducer on a corpus of speech"),
     "prune": ("pruning.prune", "prune a model to the size you name, and heal it"),
@@ -135,8 +135,9 @@ def overview(first: str = "") -> str:
             lines.append(f"  {name:{width}}{summary}")
     lines += [
         "",
-        "prunelm COMMAND --help lists a command's options. All of them can stand in a YAML file",
-        "(--config file.yaml); what is on the line wins. --debug shows where an error arose.",
+        "prunelm COMMAND --help lists a command's options. All of them can stand in a",
+        "YAML file (--config file.yaml); what is on the line wins. --debug shows where an",
+        "error arose.",
     ]
     return "\n".join(lines)
 

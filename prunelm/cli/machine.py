@@ -54,8 +54,22 @@ def bench(kind: str, words: Sequence[str]) -> None:
     ]
     if not chosen:
         raise ValueError(f"bench {kind}: expected bench_*.py in prunelm.benchmarks, found none")
+    if {"-h", "--help"} & set(words):
+        others = ", ".join(name.removeprefix("bench_") for name in chosen)
+        print(f"Measures {others}; all take these options.\n")
+        _benchmark(kind, chosen[0], words)
+        return
     begin = time.perf_counter()
     for i, name in enumerate(chosen):
         done = f"{i + 1} of {len(chosen)}, {time.perf_counter() - begin:.0f} s so far"
         print(f"{name.removeprefix('bench_')}: {done}", file=sys.stderr, flush=True)
+        _benchmark(kind, name, words)
+
+
+def _benchmark(kind: str, name: str, words: Sequence[str]) -> None:
+    """Runs one; its help and its complaints about options name the command."""
+    before, sys.argv[0] = sys.argv[0], f"prunelm bench {kind}"
+    try:
         importlib.import_module(f"prunelm.benchmarks.{name}").main(list(words))
+    finally:
+        sys.argv[0] = before

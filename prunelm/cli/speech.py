@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TextIO, TypeVar
 
+from prunelm.cli.outputs import check_output
 from prunelm.cli.pruning import set_threads
 from prunelm.cli.texts import known_lines
 from prunelm.data.files import replace_file
@@ -66,12 +67,13 @@ def evaluate(
         channel: of recordings with several, counted from 0; by default their mean.
         normalise: write the text as the recogniser does: lower-case words of a to z and inner
             apostrophes.
-        out: a JSON file for the numbers.
+        out: a .json file for the numbers.
         threads: of torch; by default its own choice.
     """
     set_threads(threads)
     if text is None and corpus is None:
         raise ValueError("evaluate: expected --lm with --text, --recogniser with --corpus, or both")
+    check_output(out, (".json",), files=[text, corpus], folders=[recogniser, lm])
     found: dict[str, Any] = {"format": 1}
     model = None if lm is None else load_lm(lm)
     if text is not None:
@@ -127,8 +129,8 @@ def decode(
     set_threads(threads)
     if (corpus is None) == (not audio):
         raise ValueError("decode: expected either --audio or --corpus")
-    if out is not None and out.suffix not in (".tsv", ".json"):
-        raise ValueError(f"out: expected a name ending in .tsv or .json, got {out}")
+    inputs = [corpus, *(audio or [])]
+    check_output(out, (".tsv", ".json"), files=inputs, folders=[recogniser, lm])
     model = None if lm is None else load_lm(lm)
     listener = load_recogniser(recogniser, tokenizer=None if model is None else model.tokenizer)
     options = _options(listener, model, lm_weight, token_reward, beam, nbest)

@@ -82,11 +82,11 @@ def study(
         out: folder for the results; a stopped run goes on in it.
         preset: laptop (36 cells, about an hour on the shipped models) or paper (the grid of
             arXiv 2310.03424 as far as it is here, for an LM of your own and a large machine).
-        data: as for demo.
-        lm: as for demo.
-        recogniser: as for demo.
-        corpus: as for demo.
-        text: as for demo.
+        data: a folder, as for demo.
+        lm: a folder, as for demo.
+        recogniser: a folder, as for demo.
+        corpus: a manifest, as for demo.
+        text: a file, as for demo.
         targets: sizes in place of the preset's, with commas between them.
         seeds: whole numbers in place of the preset's, with commas between them.
         steps: of recovery, in place of the preset's.
@@ -114,7 +114,7 @@ def report(folder: Path) -> None:
     """Prints the table of a study, and writes its report.html and results.json anew.
 
     Args:
-        folder: where demo or study put their results.
+        folder: the folder where demo or study put their results.
     """
     _show(folder, write_report(folder))
 

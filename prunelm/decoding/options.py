@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from prunelm.training.pretrained import LoadedLM, LoadedRecogniser, chosen_search
+from prunelm.training.settings import check_types
 
 DEFAULT_WEIGHT, DEFAULT_REWARD = 0.3, 0.0
 """LM weight and token reward where none were chosen on validation data."""
@@ -25,6 +26,7 @@ class SearchOptions:
     nbest: int = 1
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.beam < 0:
             raise ValueError(f"beam: expected at least 0, got {self.beam}")
         if self.nbest < 1:

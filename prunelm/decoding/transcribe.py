@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +29,9 @@ FRAME_SECONDS = 0.04
 
 _BATCH_FRAMES = 60_000  # frames of features in a batch, padding among them; bounds the memory
 _BATCH = 64
+
+Audio = Path | str | Tensor | np.ndarray
+_ONE = (Path, str, Tensor, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def best_words(found: dict[str, list[Hypothesis]], tokenizer: Tokenizer) -> dict
 @overload
 def transcribe(
     recogniser: LoadedRecogniser,
-    audio: Path | str | Tensor,
+    audio: Audio,
     lm: LoadedLM | None = None,
     options: SearchOptions | None = None,
 ) -> Transcript: ...
@@ -117,7 +121,7 @@ def transcribe(
 @overload
 def transcribe(
     recogniser: LoadedRecogniser,
-    audio: list[Path | str | Tensor],
+    audio: list[Audio],
     lm: LoadedLM | None = None,
     options: SearchOptions | None = None,
 ) -> list[Transcript]: ...
@@ -125,7 +129,7 @@ def transcribe(
 
 def transcribe(
     recogniser: LoadedRecogniser,
-    audio: Path | str | Tensor | list[Path | str | Tensor],
+    audio: Audio | list[Audio],
     lm: LoadedLM | None = None,
     options: SearchOptions | None = None,
 ) -> Transcript | list[Transcript]:
@@ -133,7 +137,8 @@ def transcribe(
 
     Args:
         recogniser: from `prunelm.load_recogniser`.
-        audio: a file, or samples [S] float32 in [-1, 1] at 16,000 a second; or a list of them.
+        audio: a file, or samples [S] float32 in [-1, 1] at 16,000 a second, as a tensor or an
+            array; or a list of them.
         lm: from `prunelm.load_lm`, of the recogniser's tokenizer; fused into the search.
         options: None: beam 4 with the LM weight and token reward that were chosen for the models.
 
@@ -141,12 +146,19 @@ def transcribe(
         FileNotFoundError: a recording is missing.
         ValueError: a recording cannot be read, or the models have different tokenizers.
     """
+    if not isinstance(recogniser, LoadedRecogniser):
+        got = type(recogniser).__name__
+        raise ValueError(f"recogniser: expected what prunelm.load_recogniser gives, got {got}")
     if lm is not None:
+        if not isinstance(lm, LoadedLM):
+            raise ValueError(f"lm: expected what prunelm.load_lm gives, got {type(lm).__name__}")
         recogniser.tokenizer.check(lm.tokenizer.fingerprint, str(lm.folder))
     if options is None:
         options, _ = suitable_options(recogniser, lm)
-    one = isinstance(audio, Path | str | Tensor)
-    each = [audio] if isinstance(audio, Path | str | Tensor) else list(audio)
+    one = isinstance(audio, _ONE)
+    if not one and not isinstance(audio, Iterable):
+        raise _no_audio(audio)
+    each = [audio] if isinstance(audio, _ONE) else list(audio)
     recordings = [_recording(value, i) for i, value in enumerate(each)]
     found = list(transcribe_each(recogniser, recordings, lm, options))
     for transcript in found:
@@ -334,10 +346,24 @@ def _searched(
     )  # fmt: skip
 
 
-def _recording(value: Path | str | Tensor, index: int) -> Utterance | tuple[str, Tensor]:
-    if isinstance(value, Tensor):
-        return f"audio[{index}]", value
+def _recording(value: Audio, index: int) -> Utterance | tuple[str, Tensor]:
+    if not isinstance(value, _ONE):
+        raise _no_audio(value)
+    if isinstance(value, Tensor | np.ndarray):
+        name = f"audio[{index}]"
+        samples = torch.as_tensor(value).detach()
+        if not samples.is_floating_point():
+            got = str(samples.dtype).removeprefix("torch.")
+            raise ValueError(f"{name}: expected floating samples in [-1, 1], got {got}")
+        if not samples.numel():
+            raise ValueError(f"{name}: expected samples, got none")
+        return name, samples
     return Utterance(str(value), Path(value), None)
+
+
+def _no_audio(value: object) -> ValueError:
+    got = type(value).__name__
+    return ValueError(f"audio: expected a file, samples [S], or a list of them, got {got}")
 
 
 def _reason(error: Exception) -> str:

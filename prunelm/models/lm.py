@@ -277,7 +277,15 @@ class TransformerLM(nn.Module):
         """Mean -log P(tokens[:, i + 1] | tokens[:, :i + 1]), a scalar; tokens [B, L + 1] int64.
 
         The softmax is in float32 or wider.
+
+        Raises:
+            ValueError: tokens of another type or shape, or without one to predict.
         """
+        if not isinstance(tokens, Tensor):
+            raise ValueError(f"tokens: expected an int64 tensor, got {type(tokens).__name__}")
+        if tokens.dtype != torch.int64 or tokens.dim() != 2 or not tokens[:, 1:].numel():
+            got = f"{str(tokens.dtype).removeprefix('torch.')} {list(tokens.shape)}"
+            raise ValueError(f"tokens: expected int64 [B, 2 or more], got {got}")
         logits = self(tokens[:, :-1]).flatten(0, 1)
         wide = torch.promote_types(logits.dtype, torch.float32)
         return F.cross_entropy(logits.to(wide), tokens[:, 1:].flatten())

@@ -56,6 +56,12 @@ def accelerate(
         raise ValueError(
             "model: expected a module, got a script of one; accelerate it before torch.jit.trace"
         )
+    if not isinstance(model, nn.Module):
+        hint = (
+            "; accelerate its .model" if isinstance(getattr(model, "model", 0), nn.Module) else ""
+        )
+        got = type(model).__name__
+        raise ValueError(f"model: expected a torch.nn.Module, got {got}{hint}")
     if not rows or min(rows) < 1:
         raise ValueError(f"rows: expected numbers of at least 1, got {list(rows)}")
     fast = copied(model).eval()

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from prunelm.pruning.parts import check_function
 from prunelm.training.batches import leaves
 from prunelm.training.progress import Watch
 
@@ -51,6 +52,11 @@ class Calibration:
     seed: int = 0
     watch: Watch | None = None
 
+    def __post_init__(self) -> None:
+        if self.data is not None:
+            check_function("data", self.data, "the step, which gives a batch")
+        check_function("loss", self.loss, "a model and a batch")
+
     def mean_gradient(self, model: nn.Module, batches: int) -> dict[str, Tensor]:
         """Gradient of the mean loss over all samples, float32, by parameter name.
 
@@ -80,7 +86,7 @@ class Calibration:
                     if gradient is not None:
                         sum_so_far += gradient.float() * samples
                 count += samples
-        everywhere = _sum_over_processes(count, [*total.values()])
+        everywhere = _samples(_sum_over_processes(count, [*total.values()]))
         for name, gradient in total.items():
             gradient /= everywhere
             if not bool(gradient.isfinite().all()):
@@ -94,7 +100,7 @@ class Calibration:
             for batch, samples in self._batches("loss", batches):
                 total += float(self._value(model, batch)) * samples
                 count += samples
-        everywhere = _sum_over_processes(count, [total])
+        everywhere = _samples(_sum_over_processes(count, [total]))
         return float(total) / everywhere
 
     def _value(self, model: nn.Module, batch: Any) -> Tensor:
@@ -112,6 +118,12 @@ class Calibration:
             yield batch, samples_in(batch)
             if self.watch is not None:
                 self.watch(what, step + 1, batches)
+
+
+def _samples(count: int) -> int:
+    if not count:
+        raise ValueError("data: expected samples, got batches without any")
+    return count
 
 
 def samples_in(batch: Any) -> int:

@@ -4,6 +4,7 @@ Scores are per group and add up; the budget divides them by what the group costs
 of different size comparable. Groups that have gone already get any score: nobody reads it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prunelm.pruning.groups import Evidence, Groups
+from prunelm.training.settings import check_types
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,11 @@ class Magnitude:
     batches: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not self.p > 0:
             raise ValueError(f"p: expected more than 0, got {self.p}")
+        if math.isinf(self.p):
+            raise ValueError(f"p: expected a finite number, got {self.p}")
 
     def score(self, model: nn.Module, groups: Sequence[Groups], evidence: Evidence) -> list[Tensor]:
         """One [count] tensor per `Groups`."""
@@ -71,6 +76,7 @@ class Taylor:
     in_loss_units: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.order != 1:
             raise ValueError(f"order: expected 1, got {self.order}")
         if self.batches < 1:

@@ -22,7 +22,9 @@ from prunelm.pruning.groups import (
     marginal_cost,
     prunable_weights,
 )
+from prunelm.pruning.parts import check_part
 from prunelm.pruning.resizing import state_of
+from prunelm.training.settings import check_types
 
 
 class _Joinable:
@@ -41,6 +43,8 @@ class Joined(_Joinable):
     methods: tuple[Method, ...]
 
     def __post_init__(self) -> None:
+        for method in self.methods:
+            check_part("method", method)
         kinds = [type(method) for method in self.methods]
         if LowRank in kinds and (Elements in kinds or Blocks in kinds):
             raise ValueError(
@@ -75,6 +79,7 @@ class Elements(_Joinable):
     embedding: bool = True
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check_fraction(self.min_keep)
 
     def prepare(self, model: nn.Module) -> nn.Module:
@@ -104,6 +109,7 @@ class Blocks(_Joinable):
     embedding: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("bn", "bk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -142,6 +148,7 @@ class Heads(_Joinable):
     architecture: Architecture = field(default_factory=Architecture)
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check_count("min_keep", self.min_keep, 0)
 
     def prepare(self, model: nn.Module) -> nn.Module:
@@ -173,6 +180,7 @@ class Neurons(_Joinable):
     architecture: Architecture = field(default_factory=Architecture)
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check_count("multiple_of", self.multiple_of, 1)
         _check_count("min_keep", self.min_keep, 0)
 
@@ -216,6 +224,7 @@ class LowRank(_Joinable):
     architecture: Architecture = field(default_factory=Architecture)
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check_count("multiple_of", self.multiple_of, 1)
         _check_count("min_keep", self.min_keep, 1)
 
@@ -259,12 +268,19 @@ def _tiles(
 ) -> list[Groups]:
     found, parameters = [], dict(model.named_parameters())
     for name, weight in prunable_weights(model, embedding).items():
-        part = Tiles(name, (weight.shape[0], weight.shape[1]), block)
+        shape = (weight.shape[0], weight.shape[1])
+        # A block past the edges holds no more weights, only padding that would fill the memory.
+        cut = (min(block[0], max(shape[0], 1)), min(block[1], max(shape[1], 1)))
+        part = Tiles(name, shape, cut)
         cost = marginal_cost(parameters, masks, [part])
         floor = math.ceil(min_keep * len(cost))
         found.append(Groups(kind, name, (part,), cost, cost > 0, False, min_keep=floor))
     if not found:
-        raise ValueError(f"model: expected 2-d parameters, got {type(model).__name__} without any")
+        tables = not embedding and prunable_weights(model, True)
+        what, hint = ("beside embeddings", "; see embedding=True") if tables else ("", "")
+        expected = f"2-d parameters {what}".strip()
+        got = type(model).__name__
+        raise ValueError(f"model: expected {expected}, got {got} without any{hint}")
     return found
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prunelm.data.runs import named
 from prunelm.data.tokenizer import Tokenizer
-from prunelm.nn import copied, refuse_accelerated
+from prunelm.nn import copied
 from prunelm.pruning.architecture import is_sized_by_config
 from prunelm.pruning.budget import Ledger, count_parameters, parse_target, smallest
 from prunelm.pruning.budget import unreachable as unreachable_line
@@ -28,19 +28,19 @@ from prunelm.pruning.compact import remove
 from prunelm.pruning.criteria import Magnitude, Taylor
 from prunelm.pruning.groups import Criterion, Groups, Method, Schedule
 from prunelm.pruning.journal import Entry, Journal
+from prunelm.pruning.parts import check_part, listed
 from prunelm.pruning.plan import Plan as Plan
 from prunelm.pruning.recovery import Recovery, Wound
-from prunelm.pruning.result import Result, Round, read_masks
+from prunelm.pruning.result import Result, Round
 from prunelm.pruning.schedulers import OneShot
 from prunelm.pruning.selection import choose
+from prunelm.pruning.source import Source, opened, refuse_unfit
 from prunelm.pruning.words import in_words
 from prunelm.training.checkpoint import check_vocabulary
 from prunelm.training.facts import config_facts, masks_digest
-from prunelm.training.pretrained import ChosenSearch, LoadedLM, LoadedRecogniser
 from prunelm.training.progress import Watch
-from prunelm.training.unwrapping import unwrapped
+from prunelm.training.settings import check_types
 
-Source = nn.Module | LoadedLM | LoadedRecogniser
 Validate = Callable[[nn.Module], float]
 _REPORT_BATCHES = 8  # for the losses in a report, where the criterion needs no data
 
@@ -62,6 +62,13 @@ class Pruner:
     schedule: Schedule = field(default_factory=OneShot)
     recovery: Recovery | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("method", "criterion", "schedule"):
+            check_part(name, getattr(self, name))
+        if self.recovery is not None:
+            check_part("recovery", self.recovery)
 
     def run(
         self,
@@ -135,14 +142,13 @@ class Pruner:
             ValueError: as for `run`, or targets that do not fall; says at which target a run of
                 several stopped.
         """
-        model, tokenizer, masks, chosen = _opened(model, tokenizer, masks)
-        _refuse(model)
-        if isinstance(targets, str | int):
-            raise ValueError(f"targets: expected a list of sizes, got {targets!r}")
+        model, tokenizer, masks, chosen = opened(model, tokenizer, masks)
+        refuse_unfit(model)
+        targets, evidence = listed(targets), Calibration(data, loss)
         dense_size = count_parameters(model, masks)
         asked = [parse_target(target, dense_size) for target in targets]
         if not asked or any(b >= a for a, b in itertools.pairwise(asked)):
-            raise ValueError(f"targets: expected falling sizes, got {list(targets)}")
+            raise ValueError(f"targets: expected falling sizes, got {targets}")
         check_vocabulary(config_facts(model), tokenizer)
         self._refuse_unreachable(model, masks, asked[-1])
         journal = Journal(Path(folder) if folder is not None else None)
@@ -154,7 +160,6 @@ class Pruner:
                 "processes": process_count(),
             }  # fmt: skip
             journal.claim(model, {**own, **(facts or {})})
-            evidence = Calibration(data, loss)
             run = _Run(self, model, evidence, validate, masks, journal, watch)
             for target, size in zip(targets, asked, strict=True):
                 try:
@@ -185,8 +190,8 @@ class Pruner:
         Without data a data-driven criterion is replaced by `Magnitude()`: sizes hold, places are
         an estimate.
         """
-        model, _, masks, _ = _opened(model, None, masks)
-        _refuse(model)
+        model, _, masks, _ = opened(model, None, masks)
+        refuse_unfit(model)
         dense_size = count_parameters(model, masks)
         asked = parse_target(target, dense_size)
         with torch.inference_mode(False):  # for gradients of what is made here
@@ -196,7 +201,9 @@ class Pruner:
         if least > asked:
             advice = unreachable_line(prepared, groups, masks, asked)
             return Plan(target, asked, least, dense_size, least, {}, {}, advice)
-        criterion = self.criterion if data or not self.criterion.batches else Magnitude()
+        criterion = (
+            self.criterion if data is not None or not self.criterion.batches else Magnitude()
+        )
         evidence = Calibration(data, loss, _seed(self.seed, 0), watch)
         with torch.inference_mode(False):
             scores = criterion.score(prepared, groups, evidence)
@@ -358,31 +365,6 @@ class _Run:
 def _seed(seed: int, position: int) -> int:
     """The seed of the round at `position`."""
     return (seed * 1009 + position) % 2**20
-
-
-def _opened(
-    model: Source, tokenizer: Tokenizer | None, masks: Mapping[str, Tensor] | None
-) -> tuple[nn.Module, Tokenizer | None, Mapping[str, Tensor], tuple[ChosenSearch, ...]]:
-    """The module, and what goes with it."""
-    if isinstance(model, nn.Module):
-        return unwrapped(model), tokenizer, masks or {}, ()
-    _refuse(model.model)
-    if masks is None:
-        masks = read_masks(model.folder / "masks.safetensors", model.model)
-    return model.model, tokenizer or model.tokenizer, masks, model.chosen
-
-
-def _refuse(model: nn.Module) -> None:
-    """ValueError for a model that is no start for pruning."""
-    refuse_accelerated(model, "prune the original and accelerate the result")
-    named = dict(model.named_parameters())
-    if not named:
-        raise ValueError(f"model: expected parameters, got {type(model).__name__} without any")
-    for name, parameter in named.items():
-        if nn.parameter.is_lazy(parameter) or parameter.is_meta:
-            raise ValueError(f"model: expected weights, got {name} without any yet")
-        if not bool(parameter.isfinite().all()):
-            raise ValueError(f"model: expected finite weights, got NaN or infinity in {name}")
 
 
 def _name_target(error: ValueError | OSError, targets: Sequence[str | int], done: int) -> None:

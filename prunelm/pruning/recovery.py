@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from prunelm.pruning.calibration import Calibration, is_main_process, wait_for_all
 from prunelm.training.progress import Watch
+from prunelm.training.settings import check_types
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Finetune:
     bf16: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.steps < 0:
             raise ValueError(f"steps: expected at least 0, got {self.steps}")
         if not self.lr > 0:

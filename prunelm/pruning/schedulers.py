@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from prunelm.training.settings import check_types
+
 
 @dataclass(frozen=True)
 class OneShot:
@@ -29,6 +31,7 @@ class Incremental:
     shape: Literal["cubic", "linear", "geometric"] = "cubic"
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.rounds < 1:
             raise ValueError(f"rounds: expected at least 1, got {self.rounds}")
         if self.shape not in ("cubic", "linear", "geometric"):

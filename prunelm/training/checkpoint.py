@@ -318,7 +318,14 @@ def _digest(path: Path) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    require_file("model", path)
+    try:
+        require_file("model", path)
+    except FileNotFoundError as error:
+        inside = sorted(str(each.parent) for each in path.parent.glob("*/model.json"))
+        if not inside:
+            raise
+        listed = ", ".join(inside[:5]) + (", ..." if len(inside) > 5 else "")
+        raise FileNotFoundError(f"{error}; models lie in {listed}") from None
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):

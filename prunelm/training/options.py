@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
+from prunelm.training.settings import check_types
+
 CADENCE = ("log_every", "validate_every", "checkpoint_every")
 
 
@@ -45,6 +47,7 @@ class TrainOptions:
     average: float = 0.0
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("steps", "warmup", *CADENCE):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
