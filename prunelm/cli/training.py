@@ -214,7 +214,7 @@ def train_recogniser(
     if hold_out and valid_split:
         raise ValueError("hold_out: expected 0 beside a valid_split, got both")
     utterances = load_corpus(kind, corpus, split)
-    valid = load_corpus(kind, corpus, valid_split) if valid_split else []
+    valid = load_corpus(kind, corpus, valid_split, "allow_empty") if valid_split else []
     if hold_out:
         utterances, valid = hold_out_speakers(utterances, hold_out)
     texts = [utterance.text for utterance in utterances]

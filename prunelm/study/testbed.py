@@ -89,11 +89,11 @@ def open_testbed(
     if recogniser_folder.exists() or manifest.exists():
         listener = load_recogniser(recogniser_folder, tokenizer=model.tokenizer)
         facts["recogniser"] = f"{_last_two(recogniser_folder)} (weights {listener.weights})"
-        test = load_corpus("manifest", manifest, manifest.stem)
+        test = load_corpus("manifest", manifest, manifest.stem, "allow_empty")
         words = sum(len(utterance.text.split()) for utterance in test)
         facts["test_speech"] = f"{len(test)} utterances, {words:,} words ({speech_digest(test)})"
         if (folder / "valid.tsv").is_file():
-            valid = load_corpus("manifest", folder, "valid")
+            valid = load_corpus("manifest", folder, "valid", "allow_empty")
             facts["valid_speech"] = f"{len(valid)} utterances ({speech_digest(valid)})"
     own_lines = corpus is None and _text(folder, "test").is_file()
     lines = [u.text for u in test] if test and not own_lines else read_lines(_text(folder, "test"))
