@@ -277,7 +277,16 @@ class TransformerLM(nn.Module):
         """Mean -log P(tokens[:, i + 1] | tokens[:, :i + 1]), a scalar; tokens [B, L + 1] int64.
 
         The softmax is in float32 or wider.
+
+        Raises:
+            ValueError: tokens are no such tensor.
         """
+        if not isinstance(tokens, Tensor) or tokens.dim() != 2:
+            got = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise ValueError(
+                f"tokens: expected a tensor [B, L + 1], got {got}; batches of another kind need a "
+                "loss of their own"
+            )
         logits = self(tokens[:, :-1]).flatten(0, 1)
         wide = torch.promote_types(logits.dtype, torch.float32)
         return F.cross_entropy(logits.to(wide), tokens[:, 1:].flatten())

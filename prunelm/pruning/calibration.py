@@ -50,6 +50,14 @@ class Calibration:
     seed: int = 0
     watch: Watch | None = None
 
+    def __post_init__(self) -> None:
+        if self.data is not None and not callable(self.data):
+            got = type(self.data).__name__
+            raise ValueError(f"data: expected a function from step to batch, got {got}")
+        if not callable(self.loss):
+            got = type(self.loss).__name__
+            raise ValueError(f"loss: expected a function of model and batch, got {got}")
+
     def mean_gradient(self, model: nn.Module, batches: int) -> dict[str, Tensor]:
         """Gradient of the mean loss over all samples, float32, by parameter name.
 
