@@ -9,7 +9,7 @@ from typing import Any, Literal, TextIO, TypeVar
 
 from prunelm.cli.pruning import set_threads
 from prunelm.cli.texts import known_lines
-from prunelm.data.files import replace_file
+from prunelm.data.files import replace_file, require_place
 from prunelm.data.speech import Utterance, load_corpus
 from prunelm.data.tokenizer import Tokenizer
 from prunelm.decoding.transcribe import (
@@ -76,6 +76,8 @@ def evaluate(
     set_threads(threads)
     if text is None and corpus is None:
         raise ValueError("evaluate: expected --lm with --text, --recogniser with --corpus, or both")
+    if out is not None:
+        require_place("out", out)
     found: dict[str, Any] = {"format": 1}
     model = None if lm is None else load_lm(lm)
     if text is not None:
@@ -131,6 +133,8 @@ def decode(
     set_threads(threads)
     if (corpus is None) == (not audio):
         raise ValueError("decode: expected either --audio or --corpus")
+    if out is not None:
+        require_place("out", out)
     if out is not None and out.suffix not in (".tsv", ".json"):
         raise ValueError(f"out: expected a name ending in .tsv or .json, got {out}")
     model = None if lm is None else load_lm(lm)
