@@ -23,6 +23,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with text.txt and lm/."""
     folder = tmp_path_factory.mktemp("cli")
     (folder / "text.txt").write_text("\n".join(LINES * 4) + "\n")
+    (folder / "empty.txt").write_text("\n \n")
     (folder / "valid.txt").write_text("\n".join(LINES[::5]) + "\n")
     torch.manual_seed(1)
     tokenizer = Tokenizer.train(LINES, 24, "char")
@@ -155,10 +156,33 @@ def test_wrong_usage(words: list[str], said: str, capsys: pytest.CaptureFixture[
             "text: expected a file, got no.txt",
             id="text-file",
         ),
+        *(
+            pytest.param(
+                [*words, "--text", "empty.txt"],
+                "empty.txt: expected at least one line with a word, got none",
+                id=f"empty-{words[0]}",
+            )
+            for words in (
+                ["train", "lm", "--out", "new"],
+                ["prune", "lm", "9k", "new"],
+                ["plan", "lm", "9k"],
+                ["evaluate", "--lm", "lm"],
+            )
+        ),
         pytest.param(["report", "."], ".: expected a folder of results (study.json)", id="report"),
         pytest.param(["demo", "--data", "none", "--out", "new"], "data: expected a", id="data"),
         pytest.param(
             ["study", "new", "--seeds", "a"], "seeds: expected whole numbers, got 'a'", id="seeds"
+        ),
+        pytest.param(
+            ["evaluate", "--lm", "lm", "--text", "valid.txt", "--out", "/dev/null"],
+            "out: expected a place for a file, got /dev/null, which is a pipe or a device",
+            id="out-device",
+        ),
+        pytest.param(
+            ["decode", "lm", "x.wav", "--out", "lm"],
+            "out: expected a place for a file, got lm, which is a folder",
+            id="out-folder",
         ),
         pytest.param(["evaluate", "--lm", "lm"], "evaluate: expected --lm with --text", id="eval"),
         pytest.param(

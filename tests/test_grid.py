@@ -136,6 +136,18 @@ def test_another_study_is_refused(demo_folder: Path, bed_folder: Path) -> None:
     assert len(list((demo_folder / "cells").iterdir())) == 11
 
 
+def test_utterances_in_which_nobody_speaks_are_tried_too(tmp_path: Path) -> None:
+    write_bed(tmp_path)
+    for split in ("test", "valid"):
+        path = tmp_path / f"{split}.tsv"
+        rows = path.read_text().splitlines()
+        rows[1] = rows[1].rpartition("\t")[0] + "\t"
+        path.write_text("\n".join(rows) + "\n")
+    bed = testbed.open_testbed(tmp_path)
+    assert [bool(each.text) for each in bed.test] == [False, True, True, True, True]
+    assert [bool(each.text) for each in bed.valid] == [False, True]
+
+
 def test_text_alone_and_every_axis(bed_folder: Path, tmp_path: Path) -> None:
     bed = testbed.open_testbed(bed_folder)
     bed = replace(bed, recogniser=None, test=())

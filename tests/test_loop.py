@@ -241,6 +241,15 @@ def test_masked_weights_stay_zero(tmp_path: Path) -> None:
             assert bool((state[order.index(name)][moment][~mask] == 0).all())
 
 
+def test_what_is_no_function_is_refused_before_any_work(tmp_path: Path) -> None:
+    options, folder = TrainOptions(steps=1, lr=0.1), tmp_path / "run"
+    with pytest.raises(ValueError, match="batches: expected a function, got list"):
+        train(fresh(), [batches(0)], loss, options, folder=folder)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="loss: expected a function, got NoneType"):
+        train(fresh(), batches, None, options, folder=folder)  # type: ignore[arg-type]
+    assert not folder.exists()
+
+
 def test_masks_that_fit_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match="masks: expected names of parameters, got 'head'"):
         train(fresh(), batches, loss, OPTIONS, masks={"head": torch.ones(3, dtype=torch.bool)})

@@ -297,6 +297,14 @@ def test_bad_arguments_name_the_key() -> None:
         pruner(Neurons()).run(lm(), "80%")
     with pytest.raises(ValueError, match="data: expected a function from step to batch, got None"):
         pruner(Neurons(), criterion=Random()).run(lm(), "80%")
+    rows = [torch.zeros(4, 9, dtype=torch.int64)]
+    with pytest.raises(ValueError, match="data: expected a function of the step"):
+        pruner(Neurons()).run(lm(), "80%", rows)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="loss: expected a function of a model and a batch, got"):
+        pruner(Neurons()).run(lm(), "80%", data, loss="mse")  # type: ignore[arg-type]
+    message = r"tokens: expected a tensor \[B, L \+ 1\], got dict; .* a loss of their own"
+    with pytest.raises(ValueError, match=message):
+        pruner(Neurons()).run(lm(), "80%", lambda step: {"ids": data(step)})
     for make, message in [
         (lambda: Finetune(steps=-1), "steps: expected at least 0, got -1"),
         (lambda: Finetune(lr=0), "lr: expected more than 0, got 0"),

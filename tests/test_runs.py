@@ -297,6 +297,24 @@ def test_other_errors_of_torch_pass(tmp_path: Path) -> None:
     assert load_state(tmp_path / "x.pt")["y"] == [1, {"z": "w"}]
 
 
+def test_pipes_devices_and_folders_are_not_replaced_and_links_stay(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.tsv")
+    (tmp_path / "folder.tsv").mkdir()
+    for name, what in (("pipe", "a pipe or a device"), ("folder", "a folder")):
+        path = tmp_path / f"{name}.tsv"
+        message = f"file: expected a place for a file, got {path}, which is {what}$"
+        with pytest.raises(ValueError, match=message):
+            write_transcripts(path, {}, {})
+    assert (tmp_path / "pipe.tsv").is_fifo() and len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link.json").symlink_to(tmp_path / "elsewhere" / "x.json")
+    for value in (1, 2):
+        write_json(tmp_path / "link.json", {"a": value})
+        assert (tmp_path / "link.json").is_symlink()
+        assert json.loads((tmp_path / "elsewhere" / "x.json").read_text()) == {"a": value}
+    assert len(list(tmp_path.rglob("*"))) == 5
+
+
 def test_files_that_are_written_are_whole(tmp_path: Path) -> None:
     old = os.umask(0o027)
     try:

@@ -426,5 +426,5 @@ def test_what_batches_refuse(corpus: list[Utterance], tokenizer: Tokenizer) -> N
     for seconds in (0.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="seconds: expected a number above 0, got"):
             SpeechBatches(corpus, tokenizer, seconds=seconds)
-    with pytest.raises(ValueError, match=r"speed: expected 0.1 to 10, got 0.0"):
+    with pytest.raises(ValueError, match=r"^speeds: expected 0.1 to 10, got 0.0"):
         Augmentation(speeds=(1.0, 0.0))

@@ -12,6 +12,7 @@ from prunelm.data.text import (
     normalise,
     read_lines,
     sentences,
+    text_batches,
     write_token_ids,
 )
 from prunelm.data.tokenizer import Tokenizer
@@ -103,6 +104,24 @@ def test_lines_without_words_are_left_out(tokenizer: Tokenizer, tmp_path: Path) 
     with pytest.raises(ValueError, match="lines: expected at least one with a word"):
         write_token_ids(["", " "], tokenizer, tmp_path / "y.bin")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.json"]
+
+
+def test_texts_without_a_word_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("\n  \n")
+    message = f"{path}: expected at least one line with a word, got none"
+    with pytest.raises(ValueError, match=message):
+        text_batches(path, tokenizer, tmp_path, batch=1, length=4)
+    path.write_text("12\n3\n")
+    with pytest.raises(ValueError, match=r"text\.txt: .* with a word of letters a to z, got none"):
+        text_batches(path, tokenizer, tmp_path, batch=1, length=4, normalised=True)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_seeds_below_zero_give_batches_as_others(ids: Path, tokenizer: Tokenizer) -> None:
+    below, same, other = (TokenBatches(ids, tokenizer, 4, 19, seed) for seed in (-1, -1, 1))
+    assert torch.equal(below(3), same(3))
+    assert not torch.equal(below(3), other(3))
 
 
 def test_bad_id_files_are_refused(ids: Path, tokenizer: Tokenizer) -> None:

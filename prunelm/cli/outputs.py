@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from prunelm.data.files import require_place
+
 
 def check_output(
     out: Path | None, suffixes: tuple[str, ...], *, files: Iterable[Path | None],
@@ -17,12 +19,14 @@ def check_output(
         folders: of models, whose files go together.
 
     Raises:
-        ValueError: another ending, one of `files`, or a place in one of `folders`.
+        ValueError: another ending, one of `files`, a place in one of `folders`, or one where no
+            regular file lies.
     """
     if out is None:
         return
     if out.suffix not in suffixes:
         raise ValueError(f"out: expected a name ending in {' or '.join(suffixes)}, got {out}")
+    require_place("out", out)
     place = out.resolve()
     if any(each is not None and each.resolve() == place for each in files):
         raise ValueError(f"out: expected another file than the input, got {out}")

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from prunelm.data.coverage import unknown_characters
-from prunelm.data.text import normalise, read_lines
+from prunelm.data.text import text_lines
 from prunelm.data.tokenizer import Tokenizer
 
 
@@ -20,9 +20,8 @@ def known_lines(path: Path, tokenizer: Tokenizer, normalised: bool) -> list[str]
 
 
 def written_lines(path: Path, normalised: bool) -> list[str]:
-    """Lines of a text, as they are or as a recogniser writes them."""
-    lines = read_lines(path)
-    return [normalise(line) for line in lines] if normalised else lines
+    """Lines of a text, as they are or as a recogniser writes them; some have a word."""
+    return text_lines(path, normalised=normalised)
 
 
 def warn_of_unknown(lines: list[str], tokenizer: Tokenizer, path: Path, normalised: bool) -> None:

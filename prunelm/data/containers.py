@@ -8,12 +8,15 @@ from typing import BinaryIO
 _UNKNOWN = 0x7FFFF000
 """Sizes from here on are what writers to a pipe put in place of one they cannot know."""
 
+_PLAIN_CODINGS = (b"pcm", b"alaw", b"ulaw", b"mu-law", b"mulaw")
+"""NIST SPHERE's names of codings with a fixed number of bytes for a sample."""
+
 
 def missing_bytes(path: Path) -> int:
     """How many bytes the file lacks by its own header; 0 where it is whole or does not say.
 
-    WAV (RIFF, RIFX, RF64), AIFF, AU, NIST SPHERE and Ogg say. The sizes 0 and 0x7FFFF000 and above
-    of streaming writers say nothing.
+    WAV (RIFF, RIFX, RF64), Sony Wave64, AIFF, AU, NIST SPHERE and Ogg say. The sizes 0 and
+    0x7FFFF000 and above of streaming writers say nothing.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -48,6 +51,8 @@ def _end(file: BinaryIO, size: int) -> int:
     if magic in (b"RIFF", b"RIFX", b"RF64"):
         order = ">" if magic == b"RIFX" else "<"
         return _chunked_end(file, size, b"data", order, head if magic == b"RF64" else b"")
+    if magic == b"riff":
+        return _wave64_end(file, size)
     if magic == b"FORM":
         return _chunked_end(file, size, b"SSND", ">", b"")
     if magic in (b".snd", b"dns."):
@@ -67,6 +72,20 @@ def _chunked_end(file: BinaryIO, size: int, wanted: bytes, order: str, rf64: byt
                 length = struct.unpack("<Q", rf64[28:36])[0] if rf64[12:16] == b"ds64" else length
                 return int(begin + length) if length < 1 << 62 else 0
             return begin + length if length < _UNKNOWN else 0
+    return 0
+
+
+def _wave64_end(file: BinaryIO, size: int) -> int:
+    """Chunks have 16 bytes of name and 8 of length; the length counts these 24 as well."""
+    place = 40
+    while place + 24 <= size:
+        file.seek(place)
+        name, length = struct.unpack("<16sQ", file.read(24))
+        if name.startswith(b"data"):
+            return int(place + length) if length < 1 << 62 else 0
+        if length < 24:
+            return 0
+        place += -(-length // 8) * 8
     return 0
 
 
@@ -91,8 +110,8 @@ def _is_chunked(file: BinaryIO, place: int, size: int) -> bool:
 def _sphere_end(head: bytes) -> int:
     lines = [line.split() for line in head.split(b"end_head")[0].split(b"\n")]
     fields = {line[0]: line[2] for line in lines if len(line) == 3}
-    if not fields.get(b"sample_coding", b"pcm") == b"pcm":
-        return 0
+    if fields.get(b"sample_coding", b"pcm") not in _PLAIN_CODINGS:
+        return 0  # compressed: the number of samples does not give the number of bytes
     values = (b"sample_count", b"channel_count", b"sample_n_bytes")
     count, channels, width = (int(fields.get(name, b"1")) for name in values)
     return int(lines[1][0]) + count * channels * width if b"sample_count" in fields else 0

@@ -15,23 +15,26 @@ _TEMPORARY = re.compile(r"\.prunelm-[0-9a-f]{8}\..+")
 def replace_file(path: Path | str) -> Iterator[Path]:
     """Yields a temporary path beside `path`, which takes its place when the block succeeds.
 
-    Folders are made as needed. When the block raises, `path` stays as it was and nothing is left.
-    What a killed process leaves is removed by `sweep`.
+    Folders are made as needed, and a link stays a link, to the file that is written. When the
+    block raises, `path` stays as it was and nothing is left. What a killed process leaves is
+    removed by `sweep`.
 
     Raises:
         OSError: the file cannot be written, such as on a full disk; `filename` is `path`.
+        ValueError: `path` is a folder, a pipe or a device.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = require_place("file", path)
+    target = path.resolve() if path.is_symlink() else path
+    target.parent.mkdir(parents=True, exist_ok=True)
     # Not hidden behind another suffix: some writers look at it.
-    temporary = path.with_name(f".prunelm-{secrets.token_hex(4)}.{path.name}")
+    temporary = target.with_name(f".prunelm-{secrets.token_hex(4)}.{target.name}")
     handle = -1
     try:
         # The lock, which ends with the process, tells `sweep` that somebody still writes.
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         _lock(handle)
         yield temporary
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError as error:
         if error.filename in (None, temporary, str(temporary)) and error.errno is not None:
             raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
@@ -132,6 +135,25 @@ def require_file(what: str, path: Path | str) -> Path:
     else:
         found = "which does not exist"
     raise FileNotFoundError(f"{what}: expected a file, got {shown(path)}, {found}")
+
+
+def require_place(what: str, path: Path | str) -> Path:
+    """`path`, if a file can take its place there: nothing lies there yet, or a regular file.
+
+    Args:
+        what: what the file is for, such as "out"; the message begins with it.
+
+    Raises:
+        ValueError: a folder, a pipe or a device lies there, which no file must replace.
+        OSError: the system refuses to look, such as PermissionError.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        found = "a folder" if path.is_dir() else "a pipe or a device"
+        raise ValueError(
+            f"{what}: expected a place for a file, got {shown(path)}, which is {found}"
+        )
+    return path
 
 
 def shown(value: object, longest: int = 200) -> str:

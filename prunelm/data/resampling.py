@@ -37,10 +37,10 @@ def change_speed(audio: Tensor, speed: float) -> Tensor:
     return _stretch(audio, 1 / Fraction(round(speed * 10_000), 10_000))
 
 
-def check_speed(speed: float) -> None:
-    """ValueError unless `change_speed` takes it."""
+def check_speed(speed: float, name: str = "speed") -> None:
+    """ValueError, under this name, unless `change_speed` takes it."""
     if not SPEEDS[0] <= speed <= SPEEDS[1]:
-        raise ValueError(f"speed: expected {SPEEDS[0]:g} to {SPEEDS[1]:g}, got {speed}")
+        raise ValueError(f"{name}: expected {SPEEDS[0]:g} to {SPEEDS[1]:g}, got {speed}")
 
 
 def _stretch(audio: Tensor, ratio: Fraction) -> Tensor:

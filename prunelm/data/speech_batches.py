@@ -62,7 +62,7 @@ class Augmentation:
         if not self.speeds:
             raise ValueError("speeds: expected at least one, got none")
         for speed in self.speeds:
-            check_speed(speed)
+            check_speed(speed, "speeds")
         if not 0 <= self.warp < 1:
             raise ValueError(f"warp: expected a fraction in [0, 1), got {self.warp}")
         for name in ("begin", "time_masks", "bin_masks", "bin_width"):

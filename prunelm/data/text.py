@@ -191,7 +191,8 @@ class TokenBatches:
     def _window(self, index: int) -> np.ndarray:
         epoch, place = divmod(index, self.windows)
         if epoch not in self._orders:
-            generator = np.random.default_rng([self.seed, epoch])
+            # numpy takes no negative seeds; torch does, and reads them as here.
+            generator = np.random.default_rng([self.seed % 2**64, epoch])
             order = generator.permutation(self.windows)
             self._orders = {e: self._orders[e] for e in self._orders if e == epoch - 1}
             self._orders[epoch] = order, int(generator.integers(self.length))
@@ -237,6 +238,21 @@ def cached_token_ids(
     name = f"{text.name.split('.')[0]}-{tokenizer.fingerprint}-{digest}{kind}.bin"
     path = Path(folder) / name
     if not path.with_suffix(".json").is_file():
-        lines = read_lines(text)
-        write_token_ids(map(normalise, lines) if normalised else lines, tokenizer, path)
+        write_token_ids(text_lines(text, normalised=normalised), tokenizer, path)
     return path
+
+
+def text_lines(path: Path | str, *, normalised: bool = False) -> list[str]:
+    """Lines of a text, plain or .gz, as they are or as recognisers write them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read (see `read_lines`), or no line has a word; names the file.
+    """
+    lines = read_lines(path)
+    if normalised:
+        lines = [normalise(line) for line in lines]
+    if not any(line.strip() for line in lines):
+        wanted = "a word of letters a to z" if normalised else "a word"
+        raise ValueError(f"{path}: expected at least one line with {wanted}, got none")
+    return lines

@@ -282,7 +282,10 @@ class TransformerLM(nn.Module):
             ValueError: tokens of another type or shape, or without one to predict.
         """
         if not isinstance(tokens, Tensor):
-            raise ValueError(f"tokens: expected an int64 tensor, got {type(tokens).__name__}")
+            raise ValueError(
+                f"tokens: expected an int64 tensor, got {type(tokens).__name__}; batches of another "
+                "kind need a loss of their own"
+            )
         if tokens.dtype != torch.int64 or tokens.dim() != 2 or not tokens[:, 1:].numel():
             got = f"{str(tokens.dtype).removeprefix('torch.')} {list(tokens.shape)}"
             raise ValueError(f"tokens: expected int64 [B, 2 or more], got {got}")

@@ -81,12 +81,16 @@ def train(
         told: called after each step with its "step" and "seconds".
 
     Raises:
-        ValueError: no weight requires a gradient, a loss or gradient is not finite (the last
-            checkpoint stands), masks fit no parameter, the result could not be saved, or the
-            folder holds another run, is in use, or has files of something else.
+        ValueError: batches or loss is no function, no weight requires a gradient, a loss or
+            gradient is not finite (the last checkpoint stands), masks fit no parameter, the result
+            could not be saved, or the folder holds another run, is in use, or has files of
+            something else.
         OSError: a file cannot be written; the last checkpoint stands.
     """
     given, model = model, unwrapped(model)
+    for name, function in (("batches", batches), ("loss", loss)):
+        if not callable(function):
+            raise ValueError(f"{name}: expected a function, got {type(function).__name__}")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         why = "; train the original and accelerate it again" if is_accelerated(model) else ""
         raise ValueError(f"model: expected weights that require gradients, got none{why}")
