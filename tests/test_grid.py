@@ -365,3 +365,15 @@ def test_silent_recordings_and_unknown_characters_in_a_bed(
     assert [each.text for each in bed.test].count("") == 1
     (record,) = caplog.records
     assert "recovery.txt: 100.0 % of characters are unknown to the tokenizer" in record.message
+
+
+@pytest.mark.parametrize(("name", "holds"), [("lm", "a model"), (".", "the data")])
+def test_a_study_stays_out_of_what_it_reads(
+    name: str, holds: str, bed_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(bed_folder.rglob("*"))
+    out = str(bed_folder / name)
+    assert main(["demo", "--data", str(bed_folder), "--out", out]) == 1
+    said = capsys.readouterr().err
+    assert "out: expected a folder for the study alone, got" in said
+    assert said.endswith(f"with {holds}\n") and sorted(bed_folder.rglob("*")) == before

@@ -302,7 +302,7 @@ def test_bad_arguments_name_the_key() -> None:
         pruner(Neurons()).run(lm(), "80%", rows)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="loss: expected a function of a model and a batch, got"):
         pruner(Neurons()).run(lm(), "80%", data, loss="mse")  # type: ignore[arg-type]
-    message = r"tokens: expected a tensor \[B, L \+ 1\], got dict; .* a loss of their own"
+    message = "tokens: expected an int64 tensor, got dict; other batches need a loss of their own"
     with pytest.raises(ValueError, match=message):
         pruner(Neurons()).run(lm(), "80%", lambda step: {"ids": data(step)})
     for make, message in [

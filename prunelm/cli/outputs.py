@@ -24,9 +24,9 @@ def check_output(
     """
     if out is None:
         return
+    require_place("out", out)
     if out.suffix not in suffixes:
         raise ValueError(f"out: expected a name ending in {' or '.join(suffixes)}, got {out}")
-    require_place("out", out)
     place = out.resolve()
     if any(each is not None and each.resolve() == place for each in files):
         raise ValueError(f"out: expected another file than the input, got {out}")

@@ -283,8 +283,8 @@ class TransformerLM(nn.Module):
         """
         if not isinstance(tokens, Tensor):
             raise ValueError(
-                f"tokens: expected an int64 tensor, got {type(tokens).__name__}; batches of another "
-                "kind need a loss of their own"
+                f"tokens: expected an int64 tensor, got {type(tokens).__name__}; "
+                "other batches need a loss of their own"
             )
         if tokens.dtype != torch.int64 or tokens.dim() != 2 or not tokens[:, 1:].numel():
             got = f"{str(tokens.dtype).removeprefix('torch.')} {list(tokens.shape)}"

@@ -130,11 +130,16 @@ def run_study(
 
     Returns:
         the path of report.html.
+
+    Raises:
+        ValueError: `out` is a model's folder, the folder of the data, or that of another study.
     """
     started = time.perf_counter()
-    bed = open_testbed(
-        shipped() if data is None else data, lm=lm, recogniser=recogniser, corpus=corpus, text=text
-    )
+    data = shipped() if data is None else data
+    holds = "a model" if (Path(out) / "model.json").exists() else "the data"
+    if holds == "a model" or Path(out).resolve() == Path(data).resolve():
+        raise ValueError(f"out: expected a folder for the study alone, got {out}, with {holds}")
+    bed = open_testbed(data, lm=lm, recogniser=recogniser, corpus=corpus, text=text)
     check_grid(bed, grid)
     with prepared(out):
         refuse_other_study(out, bed.facts)
