@@ -10,8 +10,10 @@ from torch import nn
 from prunelm.models.lm import LayerSizes, LMConfig, TransformerLM
 from prunelm.pruning.budget import Ledger, count_parameters, parse_target, smallest
 from prunelm.pruning.compact import remove
+from prunelm.pruning.criteria import Magnitude
 from prunelm.pruning.groups import Groups, Tiles
 from prunelm.pruning.methods import Blocks, Elements, Heads, LowRank, Neurons
+from prunelm.pruning.pruner import Pruner
 from prunelm.pruning.selection import choose
 
 CONFIG = LMConfig(23, 16, 4, (LayerSizes(3, 40), LayerSizes(5, 24)))
@@ -194,3 +196,16 @@ def test_scores_that_are_not_finite_are_refused() -> None:
     scores[0][3] = torch.nan
     with pytest.raises(ValueError, match=r"scores: .* finite numbers for neurons of blocks\.0"):
         choose(model, groups, scores, {}, 1000)
+
+
+def test_only_a_bare_number_may_have_been_meant_in_percent() -> None:
+    torch.manual_seed(0)
+    small = TransformerLM(LMConfig.preset("tiny", 50))
+    pruner = Pruner(Neurons(), Magnitude())
+    for target, hint in (
+        ("50", '; did you mean "50%"?'),
+        (50, '; did you mean "50%"?'),
+        ("0.3%", ""),
+    ):
+        said = pruner.plan(small, target).advice
+        assert said.endswith(hint) and ("did you mean" in said) == bool(hint)

@@ -179,9 +179,18 @@ def smallest(model: nn.Module, groups: Sequence[Groups], masks: Mapping[str, Ten
 
 
 def unreachable(
-    model: nn.Module, groups: Sequence[Groups], masks: Mapping[str, Tensor], target: int
+    model: nn.Module,
+    groups: Sequence[Groups],
+    masks: Mapping[str, Tensor],
+    target: int,
+    asked: str | int = "",
 ) -> str:
-    """One line: the smallest reachable size, and what would lower it."""
+    """One line: the smallest reachable size, and what would lower it.
+
+    Args:
+        target: parameters.
+        asked: the target as the user gave it; a small number may have been meant in percent.
+    """
     if not groups:
         size = count_parameters(model, masks)
         return f"target: expected {size:,} parameters, as nothing can go, got {target:,}"
@@ -202,5 +211,6 @@ def unreachable(
     return (
         f"target: expected at least {smallest(model, groups, masks):,} parameters, the smallest "
         f"that {', '.join(sorted(kinds))} groups can reach, got {target:,}; to get lower: "
-        f"{', '.join(ways)}" + (f'; did you mean "{target}%"?' if target <= 100 else "")
+        f"{', '.join(ways)}"
+        + (f'; did you mean "{asked}%"?' if str(asked) == str(target) and target <= 100 else "")
     )

@@ -150,7 +150,7 @@ class Pruner:
         if not asked or any(b >= a for a, b in itertools.pairwise(asked)):
             raise ValueError(f"targets: expected falling sizes, got {targets}")
         check_vocabulary(config_facts(model), tokenizer)
-        self._refuse_unreachable(model, masks, asked[-1])
+        self._refuse_unreachable(model, masks, asked[-1], targets[-1])
         journal = Journal(Path(folder) if folder is not None else None)
         results: list[Result] = []
         with torch.random.fork_rng(devices=[]), torch.inference_mode(False), journal.hold():
@@ -199,7 +199,7 @@ class Pruner:
         groups = self.method.groups(prepared, masks)
         least = smallest(prepared, groups, masks)
         if least > asked:
-            advice = unreachable_line(prepared, groups, masks, asked)
+            advice = unreachable_line(prepared, groups, masks, asked, target)
             return Plan(target, asked, least, dense_size, least, {}, {}, advice)
         criterion = (
             self.criterion if data is not None or not self.criterion.batches else Magnitude()
@@ -216,12 +216,12 @@ class Pruner:
         return Plan(target, asked, size, dense_size, least, _gone(groups, keep), places)
 
     def _refuse_unreachable(
-        self, model: nn.Module, masks: Mapping[str, Tensor], target: int
+        self, model: nn.Module, masks: Mapping[str, Tensor], target: int, asked: str | int
     ) -> None:
         prepared = self.method.prepare(model)
         groups = self.method.groups(prepared, masks)
         if smallest(prepared, groups, masks) > target:
-            raise ValueError(unreachable_line(prepared, groups, masks, target))
+            raise ValueError(unreachable_line(prepared, groups, masks, target, asked))
 
     def settings(self) -> dict[str, str]:
         """The four axes and the seed in words."""
