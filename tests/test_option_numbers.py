@@ -48,7 +48,7 @@ def test_numbers_without_a_meaning_are_refused_before_any_work(
     def work(*_: object, **__: object) -> None:
         raise AssertionError("work was done")
 
-    for name in ("texts.read_lines", "training.load_corpus", "training.file_fact",
+    for name in ("texts.text_lines", "training.load_corpus", "training.file_fact",
                  "pruning.file_fact", "pruning.load_pretrained"):  # fmt: skip
         monkeypatch.setattr(f"prunelm.cli.{name}", work)
     for command, options, name, value in NUMBERS:

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -377,10 +378,13 @@ def test_ctrl_c_gets_one_line_and_leaves_a_run_that_goes_on(tmp_path: Path, room
         [sys.executable, "-m", "prunelm", *line], cwd=room, text=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+        # A shell has its background jobs ignore SIGINT, and the tests may be one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     state = tmp_path / "out" / "training.pt"
     while not state.exists():
         assert process.poll() is None
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
