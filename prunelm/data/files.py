@@ -1,6 +1,7 @@
 """Writes files whole or not at all, and says in one line what is wrong with a file's name."""
 
 import fcntl
+import hashlib
 import os
 import re
 import secrets
@@ -154,6 +155,12 @@ def require_place(what: str, path: Path | str) -> Path:
             f"{what}: expected a place for a file, got {shown(path)}, which is {found}"
         )
     return path
+
+
+def digest_of_file(path: Path | str) -> str:
+    """12 hex digits that change with any byte of a file."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def shown(value: object, longest: int = 200) -> str:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prunelm.data.files import replace_file, shown, sweep
+from prunelm.data.files import digest_of_file, replace_file, shown, sweep
 
 RUN = "run.json"
 WORK = ".prunelm-work"
@@ -201,9 +201,7 @@ def read_run(folder: Path | str) -> dict[str, Any]:
 
 def file_fact(path: Path | str) -> dict[str, str]:
     """A file as a fact: equal bytes are equal, whatever their name."""
-    with Path(path).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
-    return {"digest": digest, "name": Path(path).name}
+    return {"digest": digest_of_file(path), "name": Path(path).name}
 
 
 def digest_of(parts: Any) -> str:

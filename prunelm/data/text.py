@@ -1,6 +1,5 @@
 """Lines of text, the form in which recognisers write them, and token ids for training an LM."""
 
-import hashlib
 import json
 import re
 import unicodedata
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prunelm.data.files import replace_file, require_file
+from prunelm.data.files import digest_of_file, replace_file, require_file
 from prunelm.data.lines import read_lines as read_lines
 from prunelm.data.tokenizer import BOUNDARY, UNKNOWN, Tokenizer
 
@@ -232,10 +231,8 @@ def cached_token_ids(
 ) -> Path:
     """The file in `folder` that holds a text's token ids, written unless it is there."""
     text = require_file("text", text)
-    with text.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
     kind = "-normalised" if normalised else ""
-    name = f"{text.name.split('.')[0]}-{tokenizer.fingerprint}-{digest}{kind}.bin"
+    name = f"{text.name.split('.')[0]}-{tokenizer.fingerprint}-{digest_of_file(text)}{kind}.bin"
     path = Path(folder) / name
     if not path.with_suffix(".json").is_file():
         write_token_ids(text_lines(text, normalised=normalised), tokenizer, path)

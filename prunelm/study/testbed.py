@@ -13,7 +13,6 @@ A folder of one's own is laid out like the shipped `prunelm/demo`:
 Without recogniser/ and test.tsv only text is judged, and there are no word error rates.
 """
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from prunelm.data.coverage import unknown_characters
+from prunelm.data.files import digest_of_file
 from prunelm.data.runs import digest_of
 from prunelm.data.speech import Utterance, load_corpus
 from prunelm.data.text import TokenBatches, read_lines, text_batches
@@ -106,7 +106,7 @@ def open_testbed(
     recovery = text or _text(folder, "recovery")
     if not recovery.is_file():
         raise FileNotFoundError(f"recovery text: expected a file, got {recovery}")
-    facts["recovery_text"] = f"{recovery.name} ({_digest(recovery)})"
+    facts["recovery_text"] = f"{recovery.name} ({digest_of_file(recovery)})"
     _warn_of_unknown({"test text": lines, "valid text": choosing}, model.tokenizer)
     _warn_of_unknown({str(recovery): read_lines(recovery)}, model.tokenizer)
     return TestBed(
@@ -131,11 +131,6 @@ def speech_digest(utterances: Sequence[Utterance]) -> str:
 def _text(folder: Path, name: str) -> Path:
     packed = folder / f"{name}.txt.gz"
     return packed if packed.is_file() else folder / f"{name}.txt"
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def _last_two(folder: Path) -> str:
